@@ -1,0 +1,44 @@
+"""Run chapters and store their outputs: `python .ci/execute.py [nbs/03_normalizers.ipynb …]`, all without arguments.
+
+Figures are stored twice, as plotly's own data for JupyterLab and as a small PNG for pages that cannot run Python;
+the PNG needs Chrome or Chromium on the machine. Cells flagged `slow` or `cuda` keep the outputs they have, unless
+the flag is named: `--flags slow`.
+"""
+import argparse
+import os
+import time
+from pathlib import Path
+
+os.environ.setdefault('PLOTLY_RENDERER', 'plotly_mimetype+png')
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+
+from execnb.nbio import read_nb, write_nb
+from execnb.shell import CaptureShell
+
+
+def flagged(cell, flags):
+    "Whether `cell` opens with a directive that keeps it from running today."
+    directives = [line[2:].strip() for line in cell.source.splitlines() if line.startswith('#|')]
+    return any(d in ('slow', 'cuda', 'eval: false') and d not in flags for d in directives)
+
+
+def execute(path, flags):
+    "Run the notebook at `path` in its own folder and write the outputs back."
+    notebook, start, home = read_nb(path), time.time(), os.getcwd()
+    shell = CaptureShell(path=path.parent)
+    os.chdir(path.parent)
+    try:
+        for cell in notebook.cells:
+            if cell.cell_type == 'code' and not flagged(cell, flags): shell.cell(cell)
+            if shell.exc: raise SystemExit(f'{path}: the cell below failed\n{cell.source}\n{shell.prettytb(str(path))}')
+    finally: os.chdir(home)
+    write_nb(notebook, path)
+    print(f'{path}: {time.time() - start:.0f} s')
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('notebooks', nargs='*', type=Path)
+    parser.add_argument('--flags', nargs='*', default=[])
+    args = parser.parse_args()
+    for path in args.notebooks or sorted(Path('nbs').rglob('*.ipynb')): execute(path, args.flags)
