@@ -1,10 +1,12 @@
 """Run chapters and store their outputs: `python .ci/execute.py [nbs/03_normalizers.ipynb …]`, all without arguments.
 
-Figures are stored twice, as plotly's own data for JupyterLab and as a small PNG for pages that cannot run Python;
-the PNG needs Chrome or Chromium on the machine. Cells flagged `slow` or `cuda` keep the outputs they have, unless
+Figures are stored twice, as plotly's own data for JupyterLab and as a small picture for pages that cannot run Python
+(a PNG, or a JPEG where that would be large); the picture needs Chrome or Chromium on the machine. Cells flagged `slow` or `cuda` keep the outputs they have, unless
 the flag is named: `--flags slow`.
 """
 import argparse
+import base64
+import io
 import os
 import time
 from pathlib import Path
@@ -14,12 +16,23 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
 from execnb.nbio import read_nb, write_nb
 from execnb.shell import CaptureShell
+from PIL import Image
 
 
 def flagged(cell, flags):
     "Whether `cell` opens with a directive that keeps it from running today."
     directives = [line[2:].strip() for line in cell.source.splitlines() if line.startswith('#|')]
     return any(d in ('slow', 'cuda', 'eval: false') and d not in flags for d in directives)
+
+
+def lighten(output, limit=60_000):
+    "Store a picture with more than `limit` characters of PNG as JPEG: photographs cost a fifth of it."
+    data = output.get('data', {})
+    if len(data.get('image/png', '')) <= limit: return output
+    jpeg = io.BytesIO()
+    Image.open(io.BytesIO(base64.b64decode(data.pop('image/png')))).convert('RGB').save(jpeg, 'JPEG', quality=80)
+    data['image/jpeg'] = base64.b64encode(jpeg.getvalue()).decode()
+    return output
 
 
 def execute(path, flags):
@@ -29,7 +42,10 @@ def execute(path, flags):
     os.chdir(path.parent)
     try:
         for cell in notebook.cells:
-            if cell.cell_type == 'code' and not flagged(cell, flags): shell.cell(cell)
+            if cell.cell_type != 'code' or flagged(cell, flags): continue
+            shell.cell(cell)
+            # a shown figure also returns an output without data
+            cell.outputs = [lighten(o) for o in cell.get('outputs', []) if o.get('data', True)]
             if shell.exc: raise SystemExit(f'{path}: the cell below failed\n{cell.source}\n{shell.prettytb(str(path))}')
     finally: os.chdir(home)
     write_nb(notebook, path)

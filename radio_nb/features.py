@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['Features', 'resample', 'BadInput', 'unknown']
 
-# %% ../nbs/00_features.ipynb #ed0857f9
+# %% ../nbs/00_features.ipynb #9c1c549a
 from difflib import get_close_matches
 from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/00_features.ipynb #378eaac7
+# %% ../nbs/00_features.ipynb #44e221b8
 class Features(NamedTuple):
     "What a vision model says of a batch of images."
     summary: Tensor  # one vector for each image, (B, C)
     spatial: Tensor  # a vector for each place of a grid, (B, H, W, D); D need not be C
 
-# %% ../nbs/00_features.ipynb #80fa6516
+# %% ../nbs/00_features.ipynb #6e883688
 def resample(
     spatial:Tensor,       # a grid of vectors, (B, H, W, D)
     size:tuple[int, int], # the grid wanted, (h, w)
@@ -29,11 +29,11 @@ def resample(
     x = F.interpolate(x, size=tuple(size), mode='bilinear', align_corners=False, antialias=True)
     return x.movedim(1, -1)
 
-# %% ../nbs/00_features.ipynb #5a1f12aa
+# %% ../nbs/00_features.ipynb #f9124b64
 class BadInput(ValueError):
     "Something the user gave cannot be used; the message is one line that names it and says what would work."
 
-# %% ../nbs/00_features.ipynb #d3e93c7d
+# %% ../nbs/00_features.ipynb #15565926
 def unknown(
     what:str,         # what kind of thing the name stands for
     name:str,         # the name that was given
