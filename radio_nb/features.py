@@ -5,41 +5,43 @@
 # %% auto #0
 __all__ = ['Features', 'resample', 'BadInput', 'unknown']
 
-# %% ../nbs/00_features.ipynb #9c1c549a
+# %% ../nbs/00_features.ipynb #d1554396
 from difflib import get_close_matches
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/00_features.ipynb #44e221b8
+# %% ../nbs/00_features.ipynb #fe739cbf
 class Features(NamedTuple):
     "What a vision model says of a batch of images."
     summary: Tensor  # one vector for each image, (B, C)
     spatial: Tensor  # a vector for each place of a grid, (B, H, W, D); D need not be C
 
-# %% ../nbs/00_features.ipynb #6e883688
+# %% ../nbs/00_features.ipynb #ddd930cd
 def resample(
     spatial:Tensor,       # a grid of vectors, (B, H, W, D)
     size:tuple[int, int], # the grid wanted, (h, w)
 )->Tensor:                # (B, h, w, D); the input itself when it has that size
-    "Bilinear resampling of a grid of features (AM-RADIO, §3.3), averaging where it shrinks."
+    "Bilinear resampling of a grid of features, as in AM-RADIO; where it shrinks, averaging too, which is ours."
     if spatial.shape[1:3] == tuple(size): return spatial
-    x = spatial.movedim(-1, 1)
+    # contiguous, because PyTorch 2.13 gets some permuted tensors wrong here; float32, because it has no kernel for halves
+    x = spatial.movedim(-1, 1).contiguous().to(torch.promote_types(spatial.dtype, torch.float32))
     x = F.interpolate(x, size=tuple(size), mode='bilinear', align_corners=False, antialias=True)
-    return x.movedim(1, -1)
+    return x.movedim(1, -1).to(spatial.dtype)
 
-# %% ../nbs/00_features.ipynb #f9124b64
+# %% ../nbs/00_features.ipynb #09fd40dc
 class BadInput(ValueError):
     "Something the user gave cannot be used; the message is one line that names it and says what would work."
 
-# %% ../nbs/00_features.ipynb #15565926
+# %% ../nbs/00_features.ipynb #dcbe0882
 def unknown(
     what:str,         # what kind of thing the name stands for
     name:str,         # the name that was given
     known:list[str],  # the names that would work
 )->BadInput:          # to be raised by the caller
     "The error for a `name` that is not among the `known`, with the nearest of them."
-    near = get_close_matches(name, known, n=3, cutoff=.4)
+    near = get_close_matches(name, known, n=3, cutoff=.5)
     hint = f'did you mean {" or ".join(near)}?' if near else f'known: {", ".join(known)}'
     return BadInput(f'unknown {what} {name!r}: {hint}')

@@ -1,0 +1,59 @@
+"""How long it takes to build Hadamard matrices, and when the fast transform beats a dense product.
+
+    python benchmarks/hadamard.py [--numbers 4194304] [--threads 1] [--device cpu] [--dtype float32]
+
+The second table holds ratios of times measured in one run; above 1 `fwht` is faster than `x @ H`.
+"""
+import argparse
+import time
+
+import torch
+
+from radio_nb.hadamard import fwht, hadamard, is_known_order, recipe
+
+
+def seconds(f, *args, device='cpu', repeats=7):
+    "The fastest of `repeats` runs, after one to warm up."
+    times = []
+    for _ in range(repeats + 1):
+        if device == 'cuda': torch.cuda.synchronize()
+        start = time.perf_counter()
+        f(*args)
+        if device == 'cuda': torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def build(order):
+    "`hadamard(order)`, with the recipe searched for anew."
+    recipe.cache_clear()
+    return hadamard(order)
+
+
+def known_orders(last=2048):
+    "All known orders up to `last`, searched for anew."
+    recipe.cache_clear()
+    return [n for n in range(1, last + 1) if is_known_order(n)]
+
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument('--numbers', type=int, default=2**22, help='rows × width of the batch')
+parser.add_argument('--threads', type=int, default=1)
+parser.add_argument('--device', default='cpu')
+parser.add_argument('--dtype', default='float32')
+args = parser.parse_args()
+torch.set_num_threads(args.threads)
+dtype = getattr(torch, args.dtype)
+
+print(f'torch {torch.__version__}, {args.threads} thread(s), {args.device}, {args.dtype}\n')
+print(f'is_known_order up to 2048: {1000*seconds(known_orders, repeats=3):.0f} ms')
+for order in (768, 1024, 1280, 1536, 2048, 4096, 6144, 8192):
+    print(f'hadamard({order}): {1000*seconds(build, order, repeats=3):.0f} ms')
+
+print('\n width   rows   dense (ms)   times faster with fwht')
+for width in (2**e for e in range(4, 14)):
+    x = torch.randn(args.numbers//width, width, device=args.device, dtype=dtype)
+    h = hadamard(width).to(x)
+    dense = seconds(torch.matmul, x, h, device=args.device)
+    fast = seconds(fwht, x, device=args.device)
+    print(f'{width:6d} {len(x):6d} {1000*dense:12.2f} {dense/fast:12.2f}')
