@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['random_windows', 'CroppedPositions', 'Head', 'Stem', 'Backbone', 'Student', 'fold_heads']
 
-# %% ../nbs/08_student.ipynb #25aacef0
+# %% ../nbs/08_student.ipynb #aa20caea
 import json
+import os
 from math import log
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from .normalizers import Normalizer
 from .teachers import parse_spec, timm_model
 from .zoo import zoo_model
 
-# %% ../nbs/08_student.ipynb #a31b4999
+# %% ../nbs/08_student.ipynb #5c8c43ee
 def random_windows(
     n:int, # how many, one for each image of a batch
     device:torch.device|None=None,
@@ -34,7 +35,7 @@ def random_windows(
     sizes = torch.stack([scale*aspect.sqrt(), scale/aspect.sqrt()], -1).clamp(max=1)
     return torch.rand(n, 2, device=device)*(1 - sizes), sizes
 
-# %% ../nbs/08_student.ipynb #e68f96d8
+# %% ../nbs/08_student.ipynb #8563e0d7
 class CroppedPositions(nn.Module):
     "Cropped position embedding (AM-RADIO, §3.4): a vector for every place of a grid of any size."
     def __init__(self,
@@ -64,7 +65,7 @@ class CroppedPositions(nn.Module):
         points = corners[:, None, None] + sizes[:, None, None]*unit
         return F.grid_sample(self.table.expand(n, -1, -1, -1), 2*points - 1, align_corners=False, padding_mode='border')
 
-# %% ../nbs/08_student.ipynb #cbfe4f90
+# %% ../nbs/08_student.ipynb #e6d0e81a
 class Head(nn.Sequential):
     "An adaptor head, (..., n_in) to (..., n_out)."
     def __init__(self,
@@ -83,7 +84,7 @@ class Head(nn.Sequential):
         head[3] = normalizer.fold_into(self[3])
         return head
 
-# %% ../nbs/08_student.ipynb #c77a5824
+# %% ../nbs/08_student.ipynb #cfa75889
 class Stem(nn.Module):
     "The first stages of a convolutional network in place of a patch embedding: (B, 3, H, W) to (B, dim, H/16, W/16)."
     def __init__(self,
@@ -109,7 +110,7 @@ class Stem(nn.Module):
         maps = self.model.forward_intermediates(x, indices=[self.index], intermediates_only=True, stop_early=True)
         return self.proj(maps[0])
 
-# %% ../nbs/08_student.ipynb #2443ba38
+# %% ../nbs/08_student.ipynb #e4f72672
 def _vit(backbone):
     "The timm vision transformer that `backbone` names, and the spec of the same one without weights."
     spec = parse_spec(backbone if ':' in backbone else f'timm:{backbone}@random')
@@ -118,7 +119,7 @@ def _vit(backbone):
     if not isinstance(vit, VisionTransformer): raise BadInput(f'{backbone} is no vision transformer; vit_tiny_patch16_224 is one')
     return vit, spec.name.partition('.')[0]
 
-# %% ../nbs/08_student.ipynb #32af667a
+# %% ../nbs/08_student.ipynb #7080998c
 def _stem_model(stem):
     "The convolutional network that `stem` names, with the mean and std of its input, and its spec without weights."
     spec = parse_spec(stem)
@@ -127,7 +128,7 @@ def _stem_model(stem):
     cfg = model.default_cfg
     return model, cfg['mean'], cfg['std'], f'timm:{cfg["architecture"]}@random'
 
-# %% ../nbs/08_student.ipynb #5d8663cb
+# %% ../nbs/08_student.ipynb #7428e1c4
 class Backbone(nn.Module):
     "A vision transformer for images of any size: (B, 3, H, W) in [0, 1] to its class tokens and its grid."
     def __init__(self,
@@ -161,7 +162,7 @@ class Backbone(nn.Module):
         tokens = self.norm(self.blocks(tokens))
         return Features(tokens[:, :self.n_class], tokens[:, self.prefix.shape[1]:].unflatten(1, (h, w)))
 
-# %% ../nbs/08_student.ipynb #d36e694d
+# %% ../nbs/08_student.ipynb #83bfd7a6
 def _prefix(vit, n_class, multiple=8):
     "Class tokens and registers, together a multiple of `multiple`."
     registers = multiple - n_class % multiple
@@ -177,7 +178,7 @@ def _positions(vit):
         positions.table.data = F.interpolate(table, positions.table.shape[-2:], mode='bicubic', antialias=True)
     return positions
 
-# %% ../nbs/08_student.ipynb #556cb85b
+# %% ../nbs/08_student.ipynb #affd175c
 class Student(nn.Module):
     "A backbone with two heads for each teacher: images to every teacher's features."
     def __init__(self,
@@ -211,7 +212,8 @@ class Student(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder/'config.json').write_text(json.dumps(self.config, indent=2))
-        save_file({key: tensor.contiguous() for key, tensor in self.state_dict().items()}, folder/'student.safetensors')
+        save_file({key: tensor.contiguous() for key, tensor in self.state_dict().items()}, folder/'student.part')
+        os.replace(folder/'student.part', folder/'student.safetensors')  # in one piece, whatever happens
 
     @classmethod
     def from_pretrained(cls,
@@ -224,7 +226,7 @@ class Student(nn.Module):
         student.load_state_dict(load_file(Path(folder)/'student.safetensors'))
         return student.eval()
 
-# %% ../nbs/08_student.ipynb #c9ec851e
+# %% ../nbs/08_student.ipynb #3eab0a7f
 def fold_heads(
     student:Student,                      # trained on normalized targets
     normalizers:dict[str, Normalizer],    # by teacher

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Recipe', 'recipe_toml', 'read_recipe', 'difference', 'teacher_names', 'Statistics', 'measure', 'learning_rate',
-           'Trainer', 'shrink', 'teacher_weights', 'save_checkpoint', 'load_checkpoint', 'Progress', 'Stopped',
-           'stop_flag', 'Prepared', 'best_device', 'prepare', 'new_student', 'claim', 'finished', 'take_statistics',
-           'load_normalizers', 'start_trainer', 'metrics_file', 'distill']
+           'check_losses', 'Trainer', 'shrink', 'teacher_weights', 'save_checkpoint', 'load_checkpoint', 'Progress',
+           'Stopped', 'stop_flag', 'Prepared', 'best_device', 'prepare', 'new_student', 'check_folder', 'finished',
+           'take_statistics', 'load_normalizers', 'start_trainer', 'metrics_file', 'distill']
 
-# %% ../nbs/10_train.ipynb #5f0a7ec7
+# %% ../nbs/10_train.ipynb #6e4a3b3d
 import json
 import os
 import signal
@@ -16,7 +16,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from math import cos, pi
+from math import cos, isfinite, pi
 from pathlib import Path
 from typing import Callable, Iterable, Literal, NamedTuple
 
@@ -42,7 +42,7 @@ from .teachers import Teacher, load_teacher, parse_spec
 if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
 
-# %% ../nbs/10_train.ipynb #c1858dde
+# %% ../nbs/10_train.ipynb #0f3c71fb
 @dataclass(frozen=True)
 class Recipe:
     "What to distil, and how."
@@ -73,7 +73,7 @@ class Recipe:
     checkpoint_every: int = 100         # steps between checkpoints
     keep: int = 2                       # how many checkpoints to keep
 
-# %% ../nbs/10_train.ipynb #65a1b75a
+# %% ../nbs/10_train.ipynb #40e9b044
 def recipe_toml(recipe:Recipe)->str:
     "A recipe as TOML."
     return tomli_w.dumps({key: list(value) if isinstance(value, tuple) else value for key, value in asdict(recipe).items()})
@@ -88,7 +88,7 @@ def read_recipe(path:Path)->dict:
         if key not in known: raise unknown(f'field in {path}', key, known)
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
-# %% ../nbs/10_train.ipynb #06ba2c39
+# %% ../nbs/10_train.ipynb #ebd3841c
 _may_differ = {'out', 'device', 'workers', 'checkpoint_every', 'keep'}
 
 def difference(
@@ -101,7 +101,7 @@ def difference(
         if mine != theirs and field.name not in _may_differ: return f'{field.name} is {mine!r} here and {theirs!r} there'
     return ''
 
-# %% ../nbs/10_train.ipynb #c1152528
+# %% ../nbs/10_train.ipynb #9928b2ca
 def teacher_names(
     specs:tuple[str, ...],
 )->dict[str, str]: # from short names to specs, in order
@@ -114,7 +114,7 @@ def teacher_names(
     names = [short(spec) for spec in specs]
     return {short if names.count(short) == 1 else spec: spec for short, spec in zip(names, specs)}
 
-# %% ../nbs/10_train.ipynb #e4e39f9f
+# %% ../nbs/10_train.ipynb #f5490bcf
 class Statistics(NamedTuple):
     "What is known of a teacher's features before training."
     spatial: Moments   # of its grid, over images and places
@@ -134,7 +134,7 @@ def measure(
             directions[name] = directions.get(name, 0) + F.normalize(summary.double(), dim=-1).sum(0)
     return {name: Statistics(moments[name], directions[name]/seen) for name in teachers}
 
-# %% ../nbs/10_train.ipynb #5507f5c8
+# %% ../nbs/10_train.ipynb #17734041
 def learning_rate(
     step:int,       # from 0
     recipe:Recipe,
@@ -144,7 +144,15 @@ def learning_rate(
     if done < warmup: return recipe.lr*done/warmup
     return recipe.lr*.5*(1 + cos(pi*(done - warmup)/(1 - warmup)))
 
-# %% ../nbs/10_train.ipynb #3ff01a42
+# %% ../nbs/10_train.ipynb #d9fc4928
+def check_losses(step:int, parts:dict[str, dict[str, float]]):
+    "Raise `BadInput` that names the teacher whose loss is not finite."
+    for name, pair in parts.items():
+        for kind, value in pair.items():
+            if not isfinite(value):
+                raise BadInput(f'step {step}: the {kind} loss of teacher {name} is {value}; try a lower lr, or leave this teacher out')
+
+# %% ../nbs/10_train.ipynb #0d4e9434
 class Trainer:
     "A student, its teachers and all that changes while it learns."
     def __init__(self,
@@ -175,7 +183,7 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == 'bfloat16'):
             total, parts = self.loss(self.student(shrink(images, self.recipe.size)), targets)
         parts = {name: {kind: value.item() for kind, value in pair.items()} for name, pair in parts.items()}
-        self._check(parts)
+        check_losses(self.step, parts)
         lr = self._update(total)
         self.step += 1
         return {'step': self.step, 'loss': total.item(), 'lr': lr, 'teachers': parts}
@@ -189,12 +197,6 @@ class Trainer:
         self.optimizer.step()
         return lr
 
-    def _check(self, parts):
-        for name, pair in parts.items():
-            for kind, value in pair.items():
-                if value - value != 0:  # NaN and infinity
-                    raise BadInput(f'step {self.step}: the {kind} loss of teacher {name} is {value}; a lower lr, or without this teacher?')
-
     def state_dict(self)->dict:
         "All that changes from step to step; only tensors, numbers and strings."
         return {'step': self.step, 'student': self.student.state_dict(), 'optimizer': self.optimizer.state_dict(),
@@ -207,7 +209,7 @@ class Trainer:
         self.optimizer.load_state_dict(state['optimizer'])
         self.loss.load_state_dict(state['loss'])
 
-# %% ../nbs/10_train.ipynb #6c37cf51
+# %% ../nbs/10_train.ipynb #8538b212
 def shrink(images:Tensor, size:int)->Tensor:
     "Images as squares of `size` pixels."
     return images if images.shape[-1] == size else F.interpolate(images, (size, size), mode='bilinear', antialias=True)
@@ -219,7 +221,7 @@ def teacher_weights(recipe:Recipe, names:list[str])->tuple[dict[str, float], dic
         return dict(zip(names, weights or [1.]*len(names)))
     return by_name('summary_weights', recipe.summary_weights), by_name('spatial_weights', recipe.spatial_weights)
 
-# %% ../nbs/10_train.ipynb #ecf1f6f6
+# %% ../nbs/10_train.ipynb #ed1fb6d1
 def save_checkpoint(
     folder:Path,  # made if it is not there
     state:dict,   # with an entry 'step'
@@ -239,7 +241,7 @@ def load_checkpoint(folder:Path)->dict|None:
         try: return torch.load(path, weights_only=True, map_location='cpu')
         except Exception as e: print(f'{path} is damaged ({str(e).splitlines()[0][:80]}); trying the one before', file=sys.stderr)
 
-# %% ../nbs/10_train.ipynb #e57ee17a
+# %% ../nbs/10_train.ipynb #16d5275c
 class Progress:
     "Shows a loop's rate and time left: a bar on a terminal, else a line every half minute and at the end."
     def __init__(self,
@@ -264,7 +266,7 @@ class Progress:
             left = time.strftime('%H:%M:%S', time.gmtime((self.total - step)/rate))
             print(f'{self.what} {step}/{self.total}  {rate:.2f}/s  {left} left  {note}', file=sys.stderr, flush=True)
 
-# %% ../nbs/10_train.ipynb #f81d50ac
+# %% ../nbs/10_train.ipynb #242fb0ea
 class Stopped(Exception):
     "A run was asked to stop and has written a checkpoint; the message says how to go on."
 
@@ -279,7 +281,7 @@ def stop_flag():
     finally:
         for sig, handler in before.items(): signal.signal(sig, handler)
 
-# %% ../nbs/10_train.ipynb #0483f7a8
+# %% ../nbs/10_train.ipynb #906458c2
 class Prepared(NamedTuple):
     "What a recipe names, loaded."
     teachers: dict[str, Teacher]
@@ -302,7 +304,7 @@ def prepare(recipe:Recipe)->Prepared:
     teachers = {name: load_teacher(spec, name=name).to(device) for name, spec in names.items()}
     return Prepared(teachers, train, held, max(recipe.size, *(t.size for t in teachers.values())), device)
 
-# %% ../nbs/10_train.ipynb #23fcb5ea
+# %% ../nbs/10_train.ipynb #adf6405d
 def new_student(
     recipe:Recipe,
     widths:dict[str, tuple[int, int]], # of every teacher's summary and grid
@@ -313,24 +315,22 @@ def new_student(
     widths = {name: (summary if summary_weights[name] else 0, spatial) for name, (summary, spatial) in widths.items()}
     return Student(recipe.student, widths, recipe.stem, recipe.head_width)
 
-# %% ../nbs/10_train.ipynb #8f5365bc
-def claim(recipe:Recipe, resume:bool)->Path:
-    "The run folder, with `recipe.toml` in it. Raises `BadInput` where it belongs to another run."
+# %% ../nbs/10_train.ipynb #e4ac4605
+def check_folder(recipe:Recipe, resume:bool)->Path:
+    "The folder of a run. Raises `BadInput` where it belongs to another run, or to something else."
     out = Path(recipe.out)
     if (out/'recipe.toml').exists():
         differs = difference(recipe, Recipe(**read_recipe(out/'recipe.toml')))
         if differs: raise BadInput(f'{out} holds a run with another recipe ({differs}): choose another --out')
         if not resume: raise BadInput(f'{out} holds an unfinished run: add --resume to go on with it, or choose another --out')
     elif out.exists() and any(out.iterdir()): raise BadInput(f'{out} is not empty and holds no run: choose another --out')
-    out.mkdir(parents=True, exist_ok=True)
-    (out/'recipe.toml').write_text(recipe_toml(recipe))
     return out
 
 def finished(out:Path)->bool:
     "Whether a run folder holds a trained student."
     return (Path(out)/'student.safetensors').exists()
 
-# %% ../nbs/10_train.ipynb #a4dfae14
+# %% ../nbs/10_train.ipynb #ad486dc9
 def take_statistics(recipe:Recipe, ready:Prepared, crops:Crops, out:Path):
     "Measure the teachers, fit their normalizers and write both to `statistics.safetensors`."
     progress = Progress(recipe.statistics_steps, what='statistics')
@@ -346,7 +346,7 @@ def take_statistics(recipe:Recipe, ready:Prepared, crops:Crops, out:Path):
     save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, out/'statistics.part')
     os.replace(out/'statistics.part', out/'statistics.safetensors')
 
-# %% ../nbs/10_train.ipynb #20336fec
+# %% ../nbs/10_train.ipynb #d91c4fa5
 def load_normalizers(recipe:Recipe, widths:dict[str, tuple[int, int]], out:Path)->dict[str, Normalizer]:
     "The normalizers of a run, by teacher."
     tensors, normalizers = load_file(out/'statistics.safetensors'), {}
@@ -356,7 +356,7 @@ def load_normalizers(recipe:Recipe, widths:dict[str, tuple[int, int]], out:Path)
         normalizers[name].load_state_dict({k[len(prefix):]: t for k, t in tensors.items() if k.startswith(prefix)})
     return normalizers
 
-# %% ../nbs/10_train.ipynb #2f60cdd7
+# %% ../nbs/10_train.ipynb #dce545aa
 def start_trainer(recipe:Recipe, ready:Prepared, crops:Crops, out:Path)->tuple[Trainer, dict[str, str]]:
     "A trainer at its first step or where the last checkpoint left it, and the images skipped until then."
     if not (out/'statistics.safetensors').exists(): take_statistics(recipe, ready, crops, out)
@@ -367,7 +367,7 @@ def start_trainer(recipe:Recipe, ready:Prepared, crops:Crops, out:Path)->tuple[T
     trainer.load_state_dict(state['trainer'])
     return trainer, state['skipped']
 
-# %% ../nbs/10_train.ipynb #26835cc4
+# %% ../nbs/10_train.ipynb #f5ce2b16
 def metrics_file(out:Path, step:int):
     "`metrics.jsonl` opened for appending after the line of `step`."
     path = Path(out)/'metrics.jsonl'
@@ -375,14 +375,16 @@ def metrics_file(out:Path, step:int):
     path.write_text(''.join(lines))
     return path.open('a', buffering=1)
 
-# %% ../nbs/10_train.ipynb #38b6f170
+# %% ../nbs/10_train.ipynb #c0068abe
 def distill(
     recipe:Recipe,
     resume:bool=False,  # go on with an unfinished run in the same folder
 )->Path:                # the run folder
     "Run a recipe to its end. Raises `BadInput` for what cannot work, `Stopped` when a signal asked for it."
-    out = claim(recipe, resume)
+    out = check_folder(recipe, resume)
     ready = prepare(recipe)
+    out.mkdir(parents=True, exist_ok=True)
+    (out/'recipe.toml').write_text(recipe_toml(recipe))
     crops = Crops(ready.train, ready.size, recipe.seed)
     trainer, skipped = start_trainer(recipe, ready, crops, out)
     with metrics_file(out, trainer.step) as metrics, stop_flag() as stop:
@@ -391,7 +393,7 @@ def distill(
     if skipped: (out/'skipped.json').write_text(json.dumps(skipped, indent=2))
     return out
 
-# %% ../nbs/10_train.ipynb #d9512a8a
+# %% ../nbs/10_train.ipynb #c6750cb5
 def _loop(trainer, crops, skipped, metrics, stop, out):
     recipe = trainer.recipe
     def checkpoint(): save_checkpoint(out/'checkpoints', {'step': trainer.step, 'trainer': trainer.state_dict(), 'skipped': skipped}, recipe.keep)

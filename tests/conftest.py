@@ -1,0 +1,28 @@
+"What several tests share: a small run of the command line, made once."
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+
+SMALL = ['--teachers', 'zoo:u2netp#64', '--size', '64', '--steps', '6', '--statistics-steps', '2', '--batch-size', '4',
+         '--head-width', '32', '--checkpoint-every', '2', '--hold-out', '4', '--images', 'zoo:photos']
+
+
+def radio_nb(*args, **kwargs):
+    "Run the command as a user would, in a process of its own."
+    return subprocess.run([sys.executable, '-c', 'from radio_nb.cli import main; main()', *map(str, args)],
+                          capture_output=True, text=True, timeout=600, **kwargs)
+
+
+@pytest.fixture(scope='session')
+def run(tmp_path_factory):
+    "The folder of a finished run, and what was printed."
+    out = tmp_path_factory.mktemp('runs')/'small'
+    done = radio_nb('distill', *SMALL, '--out', out)
+    assert done.returncode == 0, done.stderr
+    return out, done

@@ -1,0 +1,184 @@
+"The command line as a user meets it: what it prints, its exit codes, what it leaves behind."
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, radio_nb
+from PIL import Image
+from safetensors.torch import save_file
+
+from radio_nb import cli
+from radio_nb.student import Student
+
+
+@pytest.fixture
+def refused(capsys):
+    "Run the command in this process, where it must refuse: the one line that it prints."
+    def command(*args):
+        with pytest.raises(SystemExit) as exit: cli.main(list(map(str, args)))
+        assert exit.value.code == 2
+        error = capsys.readouterr().err.strip()
+        assert error.count('\n') == 0 and 'Traceback' not in error
+        return error
+    return command
+
+
+def replaced(flag, *values):
+    "The flags of the small run with one of them changed."
+    at = SMALL.index(flag)
+    return [*SMALL[:at + 1], *map(str, values), *SMALL[at + 2:]]
+
+
+def test_a_run_leaves_what_it_promises(run):
+    out, done = run
+    assert {'recipe.toml', 'metrics.jsonl', 'match.json', 'report.html', 'student.safetensors', 'config.json',
+            'statistics.safetensors', 'checkpoints'} <= {p.name for p in out.iterdir()}
+    lines = [json.loads(line) for line in (out/'metrics.jsonl').open()]
+    assert [line['step'] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert set(lines[0]['teachers']['u2netp']) == {'summary', 'spatial'}
+    assert 'explained' in done.stdout and 'steps = 6' in done.stdout
+    assert '\r' not in done.stderr and 'distil 6/6' in done.stderr   # plain lines where there is no terminal
+
+
+def test_the_student_loads_without_teachers_and_speaks_their_language(run):
+    out, _ = run
+    features = Student.from_pretrained(out)(torch.rand(2, 3, 96, 64))['u2netp']
+    assert features.summary.shape == (2, 64) and features.spatial.shape == (2, 6, 4, 64)
+
+
+def test_the_report_needs_nothing_else(run):
+    html = (run[0]/'report.html').read_text()
+    page = re.sub('<script.*?</script>', '', html, flags=re.DOTALL)
+    assert 'src="http' not in page and 'href="http' not in page and '<script src' not in html
+    assert page.count('data:image/png') == 1 and 'explained' in page
+
+
+def test_a_finished_run_shows_its_table_again(run):
+    out, first = run
+    again = radio_nb('distill', *SMALL, '--out', out)
+    assert again.returncode == 0 and 'finished' in again.stdout
+    table = [line for line in first.stdout.splitlines() if line.startswith('u2netp')]
+    assert table and all(line in again.stdout for line in table)
+
+
+def test_the_same_recipe_gives_the_same_numbers(run, tmp_path):
+    out, _ = run
+    cli.main(['distill', *SMALL, '--out', str(tmp_path/'again')])
+    assert json.loads((tmp_path/'again'/'match.json').read_text()) == json.loads((out/'match.json').read_text())
+
+
+def test_another_recipe_in_the_same_folder_is_refused(run, refused):
+    out, _ = run
+    assert 'steps is 7 here and 6 there' in refused('distill', *replaced('--steps', 7), '--out', out)
+    assert 'steps is 7 here and 6 there' in refused('distill', *replaced('--steps', 7), '--out', out, '--resume')
+
+
+def test_a_folder_with_other_things_is_left_alone(refused, tmp_path):
+    (tmp_path/'thesis.txt').write_text('precious')
+    assert 'is not empty and holds no run' in refused('distill', *SMALL, '--out', tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ['thesis.txt']
+
+
+def test_evaluate(run, tmp_path, capsys):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)).save(tmp_path/'noise.png')
+    (tmp_path/'broken.jpg').write_text('no image')
+    cli.main(['evaluate', str(run[0]), '--images', str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert 'u2netp' in printed and 'broken.jpg: cannot be identified' in printed
+
+
+def test_evaluate_refuses(run, refused, tmp_path):
+    assert 'holds no finished run' in refused('evaluate', tmp_path, '--images', 'zoo:photos')
+    assert 'no such folder' in refused('evaluate', run[0], '--images', '/nowhere')
+    assert '--images FOLDER' in refused('evaluate', run[0])
+
+
+def test_recipe_files(refused, tmp_path, capsys):
+    recipe = tmp_path/'mine.toml'
+    recipe.write_text('imges = "x"')
+    assert "unknown field in" in (error := refused('distill', '--recipe', recipe)) and 'did you mean images' in error
+    recipe.write_text('images = ')
+    assert 'is not TOML' in refused('distill', '--recipe', recipe)
+    assert 'no such recipe: nowhere.toml' in refused('distill', '--recipe', 'nowhere.toml')
+    recipe.write_text('steps = "many"\nimages = "zoo:photos"\nteachers = ["zoo:u2netp"]\nout = "x"')
+    with pytest.raises(SystemExit) as exit: cli.main(['distill', '--recipe', str(recipe)])
+    assert exit.value.code == 2 and '--steps' in capsys.readouterr().err
+
+
+def test_images_that_are_not_there(refused, tmp_path):
+    assert 'no such folder or file: /nowhere' in refused('distill', *replaced('--images', '/nowhere'), '--out', tmp_path/'run')
+    (tmp_path/'empty').mkdir()
+    assert 'holds neither an image nor a Parquet' in refused('distill', *replaced('--images', tmp_path/'empty'), '--out', tmp_path/'run')
+    (tmp_path/'all_bad').mkdir()
+    for i in range(3): (tmp_path/'all_bad'/f'{i}.jpg').touch()
+    assert 'nothing would be left' in refused('distill', *replaced('--hold-out', 38), '--out', tmp_path/'run')
+    bad = [*replaced('--images', tmp_path/'all_bad'), '--hold-out', 0]
+    assert 'can be used; the first' in refused('distill', *bad, '--out', tmp_path/'run')
+
+
+def test_teachers_that_do_not_work(refused, tmp_path):
+    def teacher(spec): return refused('distill', *replaced('--teachers', spec), '--out', tmp_path/'run')
+    assert "unknown zoo model 'u2net': did you mean u2netp" in teacher('zoo:u2net')
+    assert 'did you mean' in teacher('timm:resnet81') and 'not of the form' in teacher('resnet18')
+    assert 'no such weight file: gone.pth' in teacher('timm:resnet18@gone.pth')
+    assert 'give a local file: timm:resnet18@PATH' in teacher('timm:resnet18')
+    save_file({'conv1.weight': torch.zeros(1)}, tmp_path/'wrong.safetensors')
+    assert 'missing: ' in (error := teacher(f'timm:resnet18@{tmp_path}/wrong.safetensors')) and 'conv1.weight (1,) for (64, 3, 7, 7)' in error
+    assert 'listed twice' in refused('distill', *replaced('--teachers', 'zoo:u2netp', 'zoo:u2netp'), '--out', tmp_path/'run')
+    assert '2 numbers for 1 teachers' in refused('distill', *SMALL, '--summary-weights', 1, 2, '--out', tmp_path/'run')
+
+
+def test_nothing_is_left_behind_by_a_refused_run(refused, tmp_path):
+    refused('distill', *replaced('--teachers', 'zoo:u2net'), '--out', tmp_path/'run')
+    cli.main(['distill', *SMALL, '--out', str(tmp_path/'run')])   # the same folder can still be used
+
+
+def test_weights_that_would_run_code(refused, tmp_path):
+    class Bomb:
+        def __reduce__(self): return (open, (str(tmp_path/'exploded'), 'w'))
+    torch.save({'state_dict': Bomb()}, tmp_path/'bomb.pth')
+    assert 'cannot' in (e := refused('distill', *replaced('--teachers', f'timm:resnet18@{tmp_path}/bomb.pth'), '--out', tmp_path/'r')) or 'read safely' in e
+    assert not (tmp_path/'exploded').exists()
+
+
+def test_bad_images_are_counted_and_reported(tmp_path):
+    folder, rng = tmp_path/'images', np.random.default_rng(0)
+    (folder/'deep').mkdir(parents=True)
+    pixels = rng.integers(0, 256, (80, 90, 3), np.uint8)
+    for i in range(3): Image.fromarray(rng.integers(0, 256, (80, 90, 3), np.uint8)).save(folder/'deep'/f'good{i}.png')
+    Image.fromarray(pixels).convert('CMYK').save(folder/'cmyk.jpg')
+    Image.fromarray(pixels[..., 0].astype(np.uint16)*257).save(folder/'sixteen.png')
+    Image.fromarray(np.dstack([pixels, pixels[..., :1]])).quantize(16).save(folder/'palette.png')
+    Image.fromarray(pixels[:1, :1]).save(folder/'pixel.png')
+    (folder/'text.jpg').write_text('not an image')
+    (folder/'zero.jpg').touch()
+    jpeg = io.BytesIO()
+    Image.fromarray(pixels).save(jpeg, 'JPEG')
+    (folder/'cut.jpg').write_bytes(jpeg.getvalue()[:len(jpeg.getvalue())//2])
+    cli.main(['distill', *replaced('--images', folder), '--hold-out', '0', '--out', str(tmp_path/'run')])
+    skipped = json.loads((tmp_path/'run'/'skipped.json').read_text())
+    assert {p.rpartition('/')[2] for p in skipped} == {'pixel.png', 'text.jpg', 'zero.jpg', 'cut.jpg'}
+    assert '4 images could not be used' in (tmp_path/'run'/'report.html').read_text()
+
+
+def test_parquet(tmp_path):
+    from datasets import Dataset, Features, Image as Column, Value
+    jpegs = []
+    for i in range(6):
+        jpeg = io.BytesIO()
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)).save(jpeg, 'PNG')
+        jpegs.append({'bytes': jpeg.getvalue(), 'path': None})
+    columns = Features({'label': Value('int64'), 'picture': Column()})
+    Dataset.from_dict({'label': range(6), 'picture': jpegs}, features=columns).to_parquet(tmp_path/'some.parquet')
+    cli.main(['distill', *replaced('--images', tmp_path/'some.parquet'), '--hold-out', '2', '--out', str(tmp_path/'run')])
+    assert (tmp_path/'run'/'report.html').exists()
+
+
+def test_teachers_are_listed(capsys):
+    cli.main(['teachers'])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ['zoo:u2netp', '64', '320', 'px'] in [line[:4] for line in lines]
+    assert all(line[-1] in ('yes', 'no') for line in lines if line and ':' in line[0] and line[0] != 'Any')

@@ -1,0 +1,84 @@
+"What a run survives: kills, signals, damaged checkpoints, teachers that go mad."
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import SMALL, radio_nb
+
+from radio_nb.features import BadInput, Features
+from radio_nb.moments import NonFinite
+from radio_nb.student import Student
+from radio_nb.train import check_losses, measure
+
+
+def start(*args):
+    return subprocess.Popen([sys.executable, '-c', 'from radio_nb.cli import main; main()', *map(str, args)],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(path, seconds=120):
+    end = time.time() + seconds
+    while not path.exists() or not path.stat().st_size:
+        assert time.time() < end, f'{path} did not appear'
+        time.sleep(.005)
+
+
+def same_weights(a, b):
+    a, b = Student.from_pretrained(a).state_dict(), Student.from_pretrained(b).state_dict()
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize('moment', ['statistics.safetensors', 'metrics.jsonl', 'checkpoints/00000002.pt', 'checkpoints/00000004.pt'])
+def test_a_killed_run_goes_on_to_the_same_student(run, tmp_path, moment):
+    out = tmp_path/'run'
+    process = start('distill', *SMALL, '--out', out)
+    wait_for(out/moment)
+    process.kill()
+    process.wait()
+    assert not (out/'student.safetensors').exists()
+    refused = radio_nb('distill', *SMALL, '--out', out)
+    assert refused.returncode == 2 and 'add --resume' in refused.stderr
+    resumed = radio_nb('distill', *SMALL, '--out', out, '--resume')
+    assert resumed.returncode == 0, resumed.stderr
+    assert same_weights(out, run[0])
+    assert [json.loads(line)['step'] for line in (out/'metrics.jsonl').open()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_signal_stops_between_steps_and_leaves_a_checkpoint(run, tmp_path):
+    out = tmp_path/'run'
+    process = start('distill', *SMALL, '--out', out)
+    wait_for(out/'metrics.jsonl')
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130 and 'add --resume' in error and 'Traceback' not in error
+    assert radio_nb('distill', *SMALL, '--out', out, '--resume').returncode == 0
+    assert same_weights(out, run[0])
+
+
+def test_a_damaged_checkpoint_is_passed_over(run, tmp_path):
+    out = tmp_path/'run'
+    process = start('distill', *SMALL, '--out', out)
+    wait_for(out/'checkpoints'/'00000004.pt')
+    process.kill()
+    process.wait()
+    newest = max((out/'checkpoints').glob('*.pt'))
+    newest.write_bytes(newest.read_bytes()[:1000])
+    resumed = radio_nb('distill', *SMALL, '--out', out, '--resume')
+    assert resumed.returncode == 0 and 'is damaged' in resumed.stderr
+    assert same_weights(out, run[0])
+
+
+def test_a_teacher_that_gives_nan_is_named_before_the_statistics_are_spoilt():
+    def mad(images): return Features(torch.zeros(len(images), 2), torch.full((len(images), 2, 2, 2), float('nan')))
+    def sane(images): return Features(torch.ones(len(images), 2), torch.rand(len(images), 2, 2, 2))
+    with pytest.raises(NonFinite, match='teacher mad: 16 of 16 values'):
+        measure({'sane': sane, 'mad': mad}, [torch.rand(2, 3, 8, 8)])
+
+
+def test_a_loss_that_is_not_finite_names_the_teacher():
+    with pytest.raises(BadInput, match='step 3: the spatial loss of teacher mad is nan'):
+        check_losses(3, {'sane': {'summary': .1, 'spatial': .2}, 'mad': {'summary': .1, 'spatial': float('nan')}})
