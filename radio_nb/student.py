@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['random_windows', 'CroppedPositions', 'Head', 'Stem', 'Backbone', 'Student', 'fold_heads']
 
-# %% ../nbs/08_student.ipynb #aa20caea
+# %% ../nbs/08_student.ipynb #7e768fbf
 import json
 import os
 from math import log
@@ -24,7 +24,7 @@ from .normalizers import Normalizer
 from .teachers import parse_spec, timm_model
 from .zoo import zoo_model
 
-# %% ../nbs/08_student.ipynb #5c8c43ee
+# %% ../nbs/08_student.ipynb #8fa04343
 def random_windows(
     n:int, # how many, one for each image of a batch
     device:torch.device|None=None,
@@ -35,7 +35,7 @@ def random_windows(
     sizes = torch.stack([scale*aspect.sqrt(), scale/aspect.sqrt()], -1).clamp(max=1)
     return torch.rand(n, 2, device=device)*(1 - sizes), sizes
 
-# %% ../nbs/08_student.ipynb #8563e0d7
+# %% ../nbs/08_student.ipynb #379bf748
 class CroppedPositions(nn.Module):
     "Cropped position embedding (AM-RADIO, §3.4): a vector for every place of a grid of any size."
     def __init__(self,
@@ -65,7 +65,7 @@ class CroppedPositions(nn.Module):
         points = corners[:, None, None] + sizes[:, None, None]*unit
         return F.grid_sample(self.table.expand(n, -1, -1, -1), 2*points - 1, align_corners=False, padding_mode='border')
 
-# %% ../nbs/08_student.ipynb #e6d0e81a
+# %% ../nbs/08_student.ipynb #278145b2
 class Head(nn.Sequential):
     "An adaptor head, (..., n_in) to (..., n_out)."
     def __init__(self,
@@ -84,7 +84,7 @@ class Head(nn.Sequential):
         head[3] = normalizer.fold_into(self[3])
         return head
 
-# %% ../nbs/08_student.ipynb #cfa75889
+# %% ../nbs/08_student.ipynb #f93c67bc
 class Stem(nn.Module):
     "The first stages of a convolutional network in place of a patch embedding: (B, 3, H, W) to (B, dim, H/16, W/16)."
     def __init__(self,
@@ -97,7 +97,8 @@ class Stem(nn.Module):
         if not fitting: raise BadInput(f'{type(model).__name__} has no layer of stride {stride} to be a stem')
         self.index, channels = fitting[-1]
         model.prune_intermediate_layers([self.index], prune_norm=True, prune_head=True)
-        self.model, self.proj = model, nn.Conv2d(channels, dim, 1)
+        # channels last in memory, for which convolutions are faster
+        self.model, self.proj = model.to(memory_format=torch.channels_last), nn.Conv2d(channels, dim, 1)
 
     def train(self, mode:bool=True):
         "Batch normalization stays as it came."
@@ -107,10 +108,11 @@ class Stem(nn.Module):
         return self
 
     def forward(self, x):
+        x = x.contiguous(memory_format=torch.channels_last)
         maps = self.model.forward_intermediates(x, indices=[self.index], intermediates_only=True, stop_early=True)
         return self.proj(maps[0])
 
-# %% ../nbs/08_student.ipynb #e4f72672
+# %% ../nbs/08_student.ipynb #912ba812
 def _vit(backbone):
     "The timm vision transformer that `backbone` names, and the spec of the same one without weights."
     spec = parse_spec(backbone if ':' in backbone else f'timm:{backbone}@random')
@@ -119,7 +121,7 @@ def _vit(backbone):
     if not isinstance(vit, VisionTransformer): raise BadInput(f'{backbone} is no vision transformer; vit_tiny_patch16_224 is one')
     return vit, spec.name.partition('.')[0]
 
-# %% ../nbs/08_student.ipynb #7080998c
+# %% ../nbs/08_student.ipynb #f0000ba5
 def _stem_model(stem):
     "The convolutional network that `stem` names, with the mean and std of its input, and its spec without weights."
     spec = parse_spec(stem)
@@ -128,7 +130,7 @@ def _stem_model(stem):
     cfg = model.default_cfg
     return model, cfg['mean'], cfg['std'], f'timm:{cfg["architecture"]}@random'
 
-# %% ../nbs/08_student.ipynb #7428e1c4
+# %% ../nbs/08_student.ipynb #6ace8056
 class Backbone(nn.Module):
     "A vision transformer for images of any size: (B, 3, H, W) in [0, 1] to its class tokens and its grid."
     def __init__(self,
@@ -136,6 +138,7 @@ class Backbone(nn.Module):
         n_class:int,    # how many class tokens
         stem:str='',    # spec of a convolutional network to stand in for the patch embedding
         drop:float=.1,  # share of position vectors that are dropped in training
+        depth:int=0,    # keep only the first so many blocks; 0 for all
     ):
         super().__init__()
         vit, self.architecture = _vit(name)
@@ -149,6 +152,7 @@ class Backbone(nn.Module):
         self.register_buffer('std', torch.tensor(std).reshape(3, 1, 1))
         self.prefix, self.positions = _prefix(vit, n_class), _positions(vit)
         self.drop, self.norm_pre, self.blocks, self.norm = nn.Dropout(drop), vit.norm_pre, vit.blocks, vit.norm
+        if depth: self.blocks = self.blocks[:depth]
 
     def forward(self, images)->Features:
         "The class tokens (B, n_class, dim) and the grid (B, h, w, dim). Raises `BadInput` for sides that do not fit."
@@ -162,7 +166,7 @@ class Backbone(nn.Module):
         tokens = self.norm(self.blocks(tokens))
         return Features(tokens[:, :self.n_class], tokens[:, self.prefix.shape[1]:].unflatten(1, (h, w)))
 
-# %% ../nbs/08_student.ipynb #83bfd7a6
+# %% ../nbs/08_student.ipynb #a50a9f92
 def _prefix(vit, n_class, multiple=8):
     "Class tokens and registers, together a multiple of `multiple`."
     registers = multiple - n_class % multiple
@@ -178,7 +182,7 @@ def _positions(vit):
         positions.table.data = F.interpolate(table, positions.table.shape[-2:], mode='bicubic', antialias=True)
     return positions
 
-# %% ../nbs/08_student.ipynb #affd175c
+# %% ../nbs/08_student.ipynb #967f05da
 class Student(nn.Module):
     "A backbone with two heads for each teacher: images to every teacher's features."
     def __init__(self,
@@ -187,15 +191,16 @@ class Student(nn.Module):
         stem:str='',                            # see `Backbone`
         head_width:int=0,                       # inside the heads; 0 for the widest teacher
         drop:float=.1,                          # see `Backbone`
+        depth:int=0,                            # see `Backbone`
     ):
         super().__init__()
         self.summaries = [name for name, (width, _) in teachers.items() if width]
-        self.backbone = Backbone(backbone, len(self.summaries), stem, drop)
+        self.backbone = Backbone(backbone, len(self.summaries), stem, drop, depth)
         dim, hidden = self.backbone.dim, head_width or max(max(widths) for widths in teachers.values())
         self.summary_heads = nn.ModuleList(Head(dim, hidden, teachers[name][0]) for name in self.summaries)
         self.spatial_heads = nn.ModuleList(Head(dim, hidden, width) for _, width in teachers.values())
         self.config = dict(backbone=self.backbone.architecture, teachers=teachers, stem=self.backbone.stem,
-                           head_width=hidden, drop=drop)
+                           head_width=hidden, drop=drop, depth=depth)
 
     def forward(self, images)->dict[str, Features]:
         "For each teacher what the student thinks it would say; a teacher without summary gets one of width 0."
@@ -226,7 +231,7 @@ class Student(nn.Module):
         student.load_state_dict(load_file(Path(folder)/'student.safetensors'))
         return student.eval()
 
-# %% ../nbs/08_student.ipynb #3eab0a7f
+# %% ../nbs/08_student.ipynb #1d756ba9
 def fold_heads(
     student:Student,                      # trained on normalized targets
     normalizers:dict[str, Normalizer],    # by teacher

@@ -8,7 +8,7 @@ __all__ = ['Recipe', 'recipe_toml', 'read_recipe', 'difference', 'teacher_names'
            'Stopped', 'stop_flag', 'Prepared', 'best_device', 'prepare', 'new_student', 'check_folder', 'finished',
            'take_statistics', 'load_normalizers', 'start_trainer', 'metrics_file', 'distill']
 
-# %% ../nbs/10_train.ipynb #6e4a3b3d
+# %% ../nbs/10_train.ipynb #7bfcb125
 import json
 import os
 import signal
@@ -42,7 +42,7 @@ from .teachers import Teacher, load_teacher, parse_spec
 if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
 
-# %% ../nbs/10_train.ipynb #0f3c71fb
+# %% ../nbs/10_train.ipynb #5d7dc394
 @dataclass(frozen=True)
 class Recipe:
     "What to distil, and how."
@@ -51,6 +51,7 @@ class Recipe:
     out: str                            # folder of the run, made new
     student: str = 'vit_tiny_patch16_224'  # a timm vision transformer from scratch, or timm:NAME[@FILE] with weights
     stem: str = ''                      # spec of a convolutional network whose first stages replace the patch embedding
+    depth: int = 0                      # keep only the first so many blocks of the student; 0 for all
     size: int = 224                     # side of the student's images in pixels
     method: Literal[tuple(METHODS)] = 'phi-s'  # how targets are normalized and compared (the ten of the PHI-S study)
     balance: Literal['fixed', 'ada', 'uncertainty'] = 'fixed'  # how the teachers' losses are balanced
@@ -73,7 +74,7 @@ class Recipe:
     checkpoint_every: int = 100         # steps between checkpoints
     keep: int = 2                       # how many checkpoints to keep
 
-# %% ../nbs/10_train.ipynb #40e9b044
+# %% ../nbs/10_train.ipynb #4d55c3d1
 def recipe_toml(recipe:Recipe)->str:
     "A recipe as TOML."
     return tomli_w.dumps({key: list(value) if isinstance(value, tuple) else value for key, value in asdict(recipe).items()})
@@ -88,7 +89,7 @@ def read_recipe(path:Path)->dict:
         if key not in known: raise unknown(f'field in {path}', key, known)
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
-# %% ../nbs/10_train.ipynb #ebd3841c
+# %% ../nbs/10_train.ipynb #fc47d667
 _may_differ = {'out', 'device', 'workers', 'checkpoint_every', 'keep'}
 
 def difference(
@@ -101,7 +102,7 @@ def difference(
         if mine != theirs and field.name not in _may_differ: return f'{field.name} is {mine!r} here and {theirs!r} there'
     return ''
 
-# %% ../nbs/10_train.ipynb #9928b2ca
+# %% ../nbs/10_train.ipynb #563dead2
 def teacher_names(
     specs:tuple[str, ...],
 )->dict[str, str]: # from short names to specs, in order
@@ -114,7 +115,7 @@ def teacher_names(
     names = [short(spec) for spec in specs]
     return {short if names.count(short) == 1 else spec: spec for short, spec in zip(names, specs)}
 
-# %% ../nbs/10_train.ipynb #f5490bcf
+# %% ../nbs/10_train.ipynb #96fa08c0
 class Statistics(NamedTuple):
     "What is known of a teacher's features before training."
     spatial: Moments   # of its grid, over images and places
@@ -134,7 +135,7 @@ def measure(
             directions[name] = directions.get(name, 0) + F.normalize(summary.double(), dim=-1).sum(0)
     return {name: Statistics(moments[name], directions[name]/seen) for name in teachers}
 
-# %% ../nbs/10_train.ipynb #17734041
+# %% ../nbs/10_train.ipynb #d3e57b91
 def learning_rate(
     step:int,       # from 0
     recipe:Recipe,
@@ -144,7 +145,7 @@ def learning_rate(
     if done < warmup: return recipe.lr*done/warmup
     return recipe.lr*.5*(1 + cos(pi*(done - warmup)/(1 - warmup)))
 
-# %% ../nbs/10_train.ipynb #d9fc4928
+# %% ../nbs/10_train.ipynb #fbe4ec73
 def check_losses(step:int, parts:dict[str, dict[str, float]]):
     "Raise `BadInput` that names the teacher whose loss is not finite."
     for name, pair in parts.items():
@@ -152,7 +153,7 @@ def check_losses(step:int, parts:dict[str, dict[str, float]]):
             if not isfinite(value):
                 raise BadInput(f'step {step}: the {kind} loss of teacher {name} is {value}; try a lower lr, or leave this teacher out')
 
-# %% ../nbs/10_train.ipynb #0d4e9434
+# %% ../nbs/10_train.ipynb #327cd10f
 class Trainer:
     "A student, its teachers and all that changes while it learns."
     def __init__(self,
@@ -209,7 +210,7 @@ class Trainer:
         self.optimizer.load_state_dict(state['optimizer'])
         self.loss.load_state_dict(state['loss'])
 
-# %% ../nbs/10_train.ipynb #8538b212
+# %% ../nbs/10_train.ipynb #c6b03bf1
 def shrink(images:Tensor, size:int)->Tensor:
     "Images as squares of `size` pixels."
     return images if images.shape[-1] == size else F.interpolate(images, (size, size), mode='bilinear', antialias=True)
@@ -221,7 +222,7 @@ def teacher_weights(recipe:Recipe, names:list[str])->tuple[dict[str, float], dic
         return dict(zip(names, weights or [1.]*len(names)))
     return by_name('summary_weights', recipe.summary_weights), by_name('spatial_weights', recipe.spatial_weights)
 
-# %% ../nbs/10_train.ipynb #ed1fb6d1
+# %% ../nbs/10_train.ipynb #786e824e
 def save_checkpoint(
     folder:Path,  # made if it is not there
     state:dict,   # with an entry 'step'
@@ -241,7 +242,7 @@ def load_checkpoint(folder:Path)->dict|None:
         try: return torch.load(path, weights_only=True, map_location='cpu')
         except Exception as e: print(f'{path} is damaged ({str(e).splitlines()[0][:80]}); trying the one before', file=sys.stderr)
 
-# %% ../nbs/10_train.ipynb #16d5275c
+# %% ../nbs/10_train.ipynb #9055834b
 class Progress:
     "Shows a loop's rate and time left: a bar on a terminal, else a line every half minute and at the end."
     def __init__(self,
@@ -266,7 +267,7 @@ class Progress:
             left = time.strftime('%H:%M:%S', time.gmtime((self.total - step)/rate))
             print(f'{self.what} {step}/{self.total}  {rate:.2f}/s  {left} left  {note}', file=sys.stderr, flush=True)
 
-# %% ../nbs/10_train.ipynb #242fb0ea
+# %% ../nbs/10_train.ipynb #ac8c1955
 class Stopped(Exception):
     "A run was asked to stop and has written a checkpoint; the message says how to go on."
 
@@ -281,7 +282,7 @@ def stop_flag():
     finally:
         for sig, handler in before.items(): signal.signal(sig, handler)
 
-# %% ../nbs/10_train.ipynb #906458c2
+# %% ../nbs/10_train.ipynb #c1970a7e
 class Prepared(NamedTuple):
     "What a recipe names, loaded."
     teachers: dict[str, Teacher]
@@ -304,7 +305,7 @@ def prepare(recipe:Recipe)->Prepared:
     teachers = {name: load_teacher(spec, name=name).to(device) for name, spec in names.items()}
     return Prepared(teachers, train, held, max(recipe.size, *(t.size for t in teachers.values())), device)
 
-# %% ../nbs/10_train.ipynb #adf6405d
+# %% ../nbs/10_train.ipynb #e29fd0c6
 def new_student(
     recipe:Recipe,
     widths:dict[str, tuple[int, int]], # of every teacher's summary and grid
@@ -313,9 +314,9 @@ def new_student(
     torch.manual_seed(recipe.seed)
     summary_weights, _ = teacher_weights(recipe, list(widths))
     widths = {name: (summary if summary_weights[name] else 0, spatial) for name, (summary, spatial) in widths.items()}
-    return Student(recipe.student, widths, recipe.stem, recipe.head_width)
+    return Student(recipe.student, widths, recipe.stem, recipe.head_width, depth=recipe.depth)
 
-# %% ../nbs/10_train.ipynb #e4ac4605
+# %% ../nbs/10_train.ipynb #b926aecd
 def check_folder(recipe:Recipe, resume:bool)->Path:
     "The folder of a run. Raises `BadInput` where it belongs to another run, or to something else."
     out = Path(recipe.out)
@@ -330,7 +331,7 @@ def finished(out:Path)->bool:
     "Whether a run folder holds a trained student."
     return (Path(out)/'student.safetensors').exists()
 
-# %% ../nbs/10_train.ipynb #ad486dc9
+# %% ../nbs/10_train.ipynb #4a1743ff
 def take_statistics(recipe:Recipe, ready:Prepared, crops:Crops, out:Path):
     "Measure the teachers, fit their normalizers and write both to `statistics.safetensors`."
     progress = Progress(recipe.statistics_steps, what='statistics')
@@ -346,7 +347,7 @@ def take_statistics(recipe:Recipe, ready:Prepared, crops:Crops, out:Path):
     save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, out/'statistics.part')
     os.replace(out/'statistics.part', out/'statistics.safetensors')
 
-# %% ../nbs/10_train.ipynb #d91c4fa5
+# %% ../nbs/10_train.ipynb #90ae7069
 def load_normalizers(recipe:Recipe, widths:dict[str, tuple[int, int]], out:Path)->dict[str, Normalizer]:
     "The normalizers of a run, by teacher."
     tensors, normalizers = load_file(out/'statistics.safetensors'), {}
@@ -356,7 +357,7 @@ def load_normalizers(recipe:Recipe, widths:dict[str, tuple[int, int]], out:Path)
         normalizers[name].load_state_dict({k[len(prefix):]: t for k, t in tensors.items() if k.startswith(prefix)})
     return normalizers
 
-# %% ../nbs/10_train.ipynb #dce545aa
+# %% ../nbs/10_train.ipynb #300dcc3c
 def start_trainer(recipe:Recipe, ready:Prepared, crops:Crops, out:Path)->tuple[Trainer, dict[str, str]]:
     "A trainer at its first step or where the last checkpoint left it, and the images skipped until then."
     if not (out/'statistics.safetensors').exists(): take_statistics(recipe, ready, crops, out)
@@ -367,7 +368,7 @@ def start_trainer(recipe:Recipe, ready:Prepared, crops:Crops, out:Path)->tuple[T
     trainer.load_state_dict(state['trainer'])
     return trainer, state['skipped']
 
-# %% ../nbs/10_train.ipynb #f5ce2b16
+# %% ../nbs/10_train.ipynb #2f55a882
 def metrics_file(out:Path, step:int):
     "`metrics.jsonl` opened for appending after the line of `step`."
     path = Path(out)/'metrics.jsonl'
@@ -375,7 +376,7 @@ def metrics_file(out:Path, step:int):
     path.write_text(''.join(lines))
     return path.open('a', buffering=1)
 
-# %% ../nbs/10_train.ipynb #c0068abe
+# %% ../nbs/10_train.ipynb #d148fa1b
 def distill(
     recipe:Recipe,
     resume:bool=False,  # go on with an unfinished run in the same folder
@@ -393,7 +394,7 @@ def distill(
     if skipped: (out/'skipped.json').write_text(json.dumps(skipped, indent=2))
     return out
 
-# %% ../nbs/10_train.ipynb #c6750cb5
+# %% ../nbs/10_train.ipynb #f8d68daa
 def _loop(trainer, crops, skipped, metrics, stop, out):
     recipe = trainer.recipe
     def checkpoint(): save_checkpoint(out/'checkpoints', {'step': trainer.step, 'trainer': trainer.state_dict(), 'skipped': skipped}, recipe.keep)
