@@ -1,8 +1,8 @@
 """Run chapters and store their outputs: `python .ci/execute.py [nbs/03_normalizers.ipynb …]`, all without arguments.
 
 Figures are stored twice, as plotly's own data for JupyterLab and as a small picture for pages that cannot run Python
-(a PNG, or a JPEG where that would be large); the picture needs Chrome or Chromium on the machine. Cells flagged `slow` or `cuda` keep the outputs they have, unless
-the flag is named: `--flags slow`.
+(a PNG, or a JPEG where that would be large); the picture needs Chrome or Chromium on the machine. Cells flagged `slow`
+or `cuda` keep the outputs they have, unless the flag is named: `--flags slow`.
 """
 import argparse
 import base64

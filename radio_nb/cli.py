@@ -7,7 +7,7 @@ __all__ = ['DEMO', 'header', 'explanation', 'readable', 'judge', 'students', 'ju
            'feature_maps', 'in_words', 'write_report', 'as_flags', 'expand', 'distill_command', 'show_finished',
            'say_result', 'evaluate_command', 'teacher_row', 'teachers_command', 'main']
 
-# %% ../nbs/17_cli.ipynb #ae701d85
+# %% ../nbs/17_cli.ipynb #dc31fef0
 import json
 import sys
 import time
@@ -29,17 +29,17 @@ from .features import BadInput
 from .match import Constant, teacher_match
 from .pictures import Colours, html_figure, html_image, html_table, loss_curves, page, sheet, tile
 from .student import Student, fold_heads
-from .teachers import TEACHERS, load_teacher, parse_spec
+from .teachers import TEACHERS, parse_spec
 from .train import (Prepared, Progress, Recipe, Stopped, difference, distill, finished, load_normalizers,
                             new_student, prepare, read_recipe, recipe_toml, shrink)
 from .zoo import zoo_model
 
-# %% ../nbs/17_cli.ipynb #6b3605e0
-DEMO = Recipe(images='zoo:photos', out='runs/demo', stem='zoo:efficientnet-lite0',
-              teachers=('zoo:efficientnet-lite0#160', 'zoo:efficientnet-lite2#160', 'zoo:u2netp#160'),
-              size=160, head_width=512, steps=300, statistics_steps=16, hold_out=8)
+# %% ../nbs/17_cli.ipynb #58d853f8
+DEMO = Recipe(images='zoo:photos', out='runs/demo', stem='zoo:efficientnet-lite0', depth=6,
+              teachers=('zoo:efficientnet-lite0#160', 'zoo:efficientnet-lite2#160', 'zoo:u2netp#128'),
+              size=160, head_width=512, steps=240, batch_size=8, statistics_steps=16, hold_out=8)
 
-# %% ../nbs/17_cli.ipynb #329b6ec3
+# %% ../nbs/17_cli.ipynb #8d14204a
 def readable(
     images:Dataset,
     skipped:dict[str, str], # gets the others, with the reason
@@ -50,10 +50,12 @@ def readable(
         try: decode(row)
         except Unreadable as e: skipped[row['path'] or f'row {i}'] = str(e)
         else: good.append(i)
-    if not good: raise BadInput(f'none of {len(images)} images can be read; the first: {next(iter(skipped))} {next(iter(skipped.values()))}')
+    if not good:
+        path, reason = next(iter(skipped.items()))
+        raise BadInput(f'none of {len(images)} images can be read; the first: {path} {reason}')
     return images.select(good)
 
-# %% ../nbs/17_cli.ipynb #4eaac24e
+# %% ../nbs/17_cli.ipynb #5c7c1965
 def judge(
     student,             # images in [0, 1] to features by teacher
     ready:Prepared,
@@ -72,7 +74,7 @@ def judge(
             progress(i + 1)
     return teacher_match(lambda images: student(shrink(images, size)), ready.teachers, batches())
 
-# %% ../nbs/17_cli.ipynb #98d89efd
+# %% ../nbs/17_cli.ipynb #325b5ed7
 def students(recipe:Recipe, ready:Prepared, out:Path)->dict:
     "The trained student and the two that it is compared with."
     trained = Student.from_pretrained(out).to(ready.device)
@@ -81,7 +83,7 @@ def students(recipe:Recipe, ready:Prepared, out:Path)->dict:
     return {'student': trained, 'untrained': fold_heads(untrained, normalizers),
             'constant': Constant(out/'statistics.safetensors', list(ready.teachers))}
 
-# %% ../nbs/17_cli.ipynb #68ab2587
+# %% ../nbs/17_cli.ipynb #4122d33e
 def judge_run(
     recipe:Recipe,
     out:Path,              # the folder of a finished run
@@ -99,7 +101,7 @@ def judge_run(
     (out/'match.json').write_text(json.dumps(match, indent=2))
     return match
 
-# %% ../nbs/17_cli.ipynb #fc5169d1
+# %% ../nbs/17_cli.ipynb #b4fc4d0c
 header = ['teacher', 'judged on', 'explained', 'untrained', 'constant', 'grid cos', 'summary cos']
 
 def table_rows(
@@ -113,7 +115,7 @@ def table_rows(
             rows.append([name, what, student['explained'], *others, student['cosine'], student['summary_cosine']])
     return rows
 
-# %% ../nbs/17_cli.ipynb #bca5604e
+# %% ../nbs/17_cli.ipynb #2de03e45
 def text_table(header:list[str], rows:list[list])->str:
     "A table for the terminal: words to the left, numbers to the right with three decimals."
     cells = [header, *([f'{v:.3f}' if isinstance(v, float) else str(v) for v in row] for row in rows)]
@@ -122,7 +124,7 @@ def text_table(header:list[str], rows:list[list])->str:
     lines = ['  '.join(c.ljust(w) if l else c.rjust(w) for c, w, l in zip(row, widths, left)) for row in cells]
     return '\n'.join([lines[0], '-'*len(lines[0]), *lines[1:]])
 
-# %% ../nbs/17_cli.ipynb #288a2367
+# %% ../nbs/17_cli.ipynb #b6c413ca
 def feature_maps(student, ready:Prepared, size:int, images:Dataset, n:int=6):
     "A sheet: one column for each image; its picture, then for every teacher a row of the teacher's map and one of the student's."
     crops = Crops(images, ready.size, crop=centre_crop, shuffle=False)
@@ -135,7 +137,7 @@ def feature_maps(student, ready:Prepared, size:int, images:Dataset, n:int=6):
         rows += [[tile(colours(grid)) for grid in spatial], [tile(colours(grid)) for grid in answers[name].spatial]]
     return sheet(rows)
 
-# %% ../nbs/17_cli.ipynb #66c64d30
+# %% ../nbs/17_cli.ipynb #141e0d9a
 def in_words(match:dict, recipe:Recipe, n_train:int)->str:
     "What the table says, for someone who has not read this book."
     seen = [m['explained'] for m in match['new crops']['student'].values()]
@@ -144,10 +146,11 @@ def in_words(match:dict, recipe:Recipe, n_train:int)->str:
     if 'new images' not in match: return text + '. No images were held out, so nothing is known of how it does on others.'
     new = [m['explained'] for m in match['new images']['student'].values()]
     text += f', and on images it never saw between {min(new):.0%} and {max(new):.0%}. '
-    if min(new) < .5*min(seen): text += 'The gap between the two says that it has learned these images more than their world: it needs more of them.'
+    if min(new) < .5*min(seen):
+        text += 'The gap between the two says that it has learned these images more than their world: it needs more of them.'
     return text
 
-# %% ../nbs/17_cli.ipynb #f411b031
+# %% ../nbs/17_cli.ipynb #76bf1558
 explanation = ('Explained is the share of the variance of a teacher\'s grid of features that the student predicts, in the teacher\'s own '
                'space: 1 is perfect, and no constant gets above 0. Untrained is the same student before its first step; constant says '
                'the mean over the training images of everything. The cosines compare directions only, and are high for a constant '
@@ -165,14 +168,16 @@ def write_report(recipe:Recipe, out:Path, match:dict)->Path:
               '<h2>Losses of the grids</h2>', html_figure(loss_curves(lines, 'spatial')),
               '<h2>Losses of the summaries</h2>', html_figure(loss_curves(lines, 'summary')),
               f'<h2>What they see in {"images held out" if recipe.hold_out else "training images"}</h2>',
-              '<p>The three directions in which a teacher\'s features vary most, as red, green and blue; the student below in the same colours.</p>',
+              '<p>The three directions in which a teacher\'s features vary most, as red, green and blue; the student below in '
+              'the same colours.</p>',
               html_image(feature_maps(student, ready, recipe.size, shown), 'From top to bottom: ' + '; '.join(rows) + '.'),
-              f'<h2>Skipped images</h2><p>{len(skipped)} images could not be used.</p>', html_table(['image', 'why'], list(map(list, skipped.items()))) if skipped else '',
+              f'<h2>Skipped images</h2><p>{len(skipped)} images could not be used.</p>',
+              html_table(['image', 'why'], list(skipped.items())) if skipped else '',
               '<h2>Recipe</h2>', f'<pre>{recipe_toml(recipe)}</pre>']
     (out/'report.html').write_text(page(f'Distillation of {len(ready.teachers)} teachers', blocks), encoding='utf-8')
     return out/'report.html'
 
-# %% ../nbs/17_cli.ipynb #486f2d45
+# %% ../nbs/17_cli.ipynb #a799fbfc
 def as_flags(values:dict)->list[str]:
     "The fields of a recipe as flags."
     flags = []
@@ -191,7 +196,7 @@ def expand(
         if flag.startswith('--recipe='): before = as_flags(read_recipe(Path(flag[9:])))
     return ['distill', *before, *args[1:]]
 
-# %% ../nbs/17_cli.ipynb #628b759e
+# %% ../nbs/17_cli.ipynb #7ca9a078
 def distill_command(
     recipe:tyro.conf.OmitArgPrefixes[Recipe],
     preset:tyro.conf.Positional[Literal['demo', '']]='',  # demo: packaged teachers and photographs, offline, in minutes
@@ -209,7 +214,7 @@ def distill_command(
     say_result(recipe, out, match)
     print(f'\nThis took {time.time() - begun:.0f} s. The report is {report}, the student {out/"student.safetensors"}.')
 
-# %% ../nbs/17_cli.ipynb #f1da0d54
+# %% ../nbs/17_cli.ipynb #42333b62
 def show_finished(recipe:Recipe, out:Path):
     "Say that a run is finished and show its table; make what is missing after a kill at the very end."
     differs = difference(recipe, Recipe(**read_recipe(out/'recipe.toml')))
@@ -228,7 +233,7 @@ def say_result(recipe:Recipe, out:Path, match:dict):
     print(f'\n{len(skipped)} images were skipped; {next(iter(skipped))}: {next(iter(skipped.values()))}')
     if len(skipped) > 1: print(f'All of them are in {out/"skipped.json"} and in the report.')
 
-# %% ../nbs/17_cli.ipynb #c0f51468
+# %% ../nbs/17_cli.ipynb #dbeaef33
 def evaluate_command(
     run:tyro.conf.Positional[str],  # folder of a finished run
     images:str='',                  # folder, Parquet file or folder, hf:name, or zoo:photos
@@ -241,12 +246,14 @@ def evaluate_command(
     found = readable(open_images(images), skipped)
     ready = prepare(recipe)
     crops = Crops(found, ready.size, crop=centre_crop, shuffle=False)
-    who = {'student': Student.from_pretrained(out).to(ready.device), 'constant': Constant(out/'statistics.safetensors', list(ready.teachers))}
-    match = {images: {name: judge(student, ready, recipe.size, crops, len(found), f'{name} on {len(found)} images') for name, student in who.items()}}
+    compared = {'student': Student.from_pretrained(out).to(ready.device),
+                'constant': Constant(out/'statistics.safetensors', list(ready.teachers))}
+    match = {images: {who: judge(student, ready, recipe.size, crops, len(found), f'{who} on {len(found)} images')
+                      for who, student in compared.items()}}
     print(text_table([name for name in header if name != 'untrained'], table_rows(match)))
     for path, reason in skipped.items(): print(f'skipped {path}: {reason}')
 
-# %% ../nbs/17_cli.ipynb #f8bb7838
+# %% ../nbs/17_cli.ipynb #46cbf409
 def teacher_row(spec:str)->list[str]:
     "A line of the list of teachers."
     parsed, listed = parse_spec(spec), TEACHERS[spec]
@@ -262,20 +269,20 @@ def teacher_row(spec:str)->list[str]:
         config = open_clip.get_model_config(arch)
         width, size = config['embed_dim'], config['vision_cfg']['image_size']
         repo = open_clip.get_pretrained_cfg(arch, tag)['hf_hub'].rstrip('/')
-        here = bool(try_to_load_from_cache(repo, 'open_clip_model.safetensors') or try_to_load_from_cache(repo, 'open_clip_pytorch_model.bin'))
+        here = any(try_to_load_from_cache(repo, f'open_clip_{file}') for file in ('model.safetensors', 'pytorch_model.bin'))
     return [spec, str(width), f'{size} px', listed.aim, listed.licence, 'yes' if here else 'no']
 
 def _installed(zoo):
     try: return zoo.file().exists()
     except BadInput: return False
 
-# %% ../nbs/17_cli.ipynb #5971e16e
+# %% ../nbs/17_cli.ipynb #2a0cd02e
 def teachers_command():
     "List teachers: width, image size, aim, licence, and whether the weights are on this machine."
     print(text_table(['teacher', 'width', 'size', 'aim', 'licence', 'here'], [teacher_row(spec) for spec in TEACHERS]))
     print("\nAny other timm:NAME or open_clip:NAME/TAG works too; NAME@FILE takes weights from a file, NAME@random none.")
 
-# %% ../nbs/17_cli.ipynb #b6d813f3
+# %% ../nbs/17_cli.ipynb #f681d153
 def main(args:list[str]|None=None):
     "The command `radio-nb`."
     disable_progress_bar()  # of datasets: what takes time here has its own

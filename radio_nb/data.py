@@ -6,11 +6,12 @@
 __all__ = ['SMALLEST', 'image_files', 'open_images', 'to_rgb', 'Unreadable', 'decode', 'random_box', 'random_crop', 'centre_crop',
            'Crops', 'Batch', 'image_batches', 'hold_out']
 
-# %% ../nbs/09_data.ipynb #c116fd20
+# %% ../nbs/09_data.ipynb #931a1057
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from math import exp, log
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import radio_nb  # noqa: F401  before torchvision, so that it can be imported
@@ -24,7 +25,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from .features import BadInput
 from .zoo import photographs
 
-# %% ../nbs/09_data.ipynb #8073acc7
+# %% ../nbs/09_data.ipynb #0d288fd9
 def image_files(
     folder:Path, # searched with all its subfolders
 )->list[str]:    # sorted
@@ -32,7 +33,7 @@ def image_files(
     endings = set(Image.registered_extensions())
     return sorted(str(path) for path in Path(folder).rglob('*') if path.suffix.lower() in endings and path.is_file())
 
-# %% ../nbs/09_data.ipynb #51902456
+# %% ../nbs/09_data.ipynb #f71354ac
 def _from_files(files):
     return Dataset.from_dict({'image': files}, features=Columns({'image': ImageColumn(decode=False)}))
 
@@ -42,7 +43,7 @@ def _only_images(dataset, source):
     if not columns: raise BadInput(f'{source} has no column of images; its columns are {", ".join(dataset.column_names)}')
     return dataset.select_columns(columns[0]).rename_column(columns[0], 'image').cast_column('image', ImageColumn(decode=False))
 
-# %% ../nbs/09_data.ipynb #628c1972
+# %% ../nbs/09_data.ipynb #00773dc9
 def open_images(
     source:str, # a folder, a Parquet file or folder, 'hf:name', 'hf:name:split' or 'zoo:photos'
 )->Dataset:     # one column `image`, undecoded
@@ -57,7 +58,7 @@ def open_images(
     if not files: raise BadInput(f'{source} holds neither an image nor a Parquet file')
     return _from_files(files)
 
-# %% ../nbs/09_data.ipynb #3b6bff64
+# %% ../nbs/09_data.ipynb #03ac23ed
 def _from_hub(name, split):
     try: return _only_images(load_dataset(name, split=split or 'train'), f'hf:{name}')
     except BadInput: raise
@@ -65,7 +66,7 @@ def _from_hub(name, split):
         reason = (str(e).strip() or type(e).__name__).splitlines()[0][:160]
         raise BadInput(f'hf:{name} could not be loaded ({reason}). Without a network give a folder or a Parquet file') from e
 
-# %% ../nbs/09_data.ipynb #6d64dbb8
+# %% ../nbs/09_data.ipynb #11fc01e7
 def to_rgb(
     image:Image.Image, # as Pillow opened it
 )->Image.Image:        # 8 bits, three channels, upright
@@ -78,13 +79,13 @@ def to_rgb(
         return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
     return image.convert('RGB')
 
-# %% ../nbs/09_data.ipynb #31b6b25b
+# %% ../nbs/09_data.ipynb #78e39144
 class Unreadable(Exception):
     "An image that cannot be used; the message says why."
 
 SMALLEST = 16  # pixels along the shorter side; below that a crop shows nothing
 
-# %% ../nbs/09_data.ipynb #3dd60bc8
+# %% ../nbs/09_data.ipynb #6f847a78
 def decode(
     row:dict,      # `{'path': …, 'bytes': …}`, an undecoded cell of `datasets`
 )->Image.Image:
@@ -97,7 +98,7 @@ def decode(
     if min(image.size) < SMALLEST: raise Unreadable(f'is only {image.width} × {image.height} pixels')
     return image
 
-# %% ../nbs/09_data.ipynb #098b0700
+# %% ../nbs/09_data.ipynb #1877980d
 def random_box(
     width:int,  # of the image, in pixels
     height:int,
@@ -111,7 +112,7 @@ def random_box(
     left, top = random.uniform(0, width - w), random.uniform(0, height - h)
     return left, top, left + w, top + h
 
-# %% ../nbs/09_data.ipynb #c2635281
+# %% ../nbs/09_data.ipynb #e3973c21
 def random_crop(image:Image.Image, size:int, random:np.random.Generator)->Tensor: # (3, size, size) uint8
     "A random part of an image as a square of `size` pixels, mirrored half of the time."
     box = random_box(*image.size, random)
@@ -122,7 +123,7 @@ def centre_crop(image:Image.Image, size:int, random:np.random.Generator|None=Non
     "The largest square in the middle of an image, for evaluation."
     return pil_to_tensor(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR))
 
-# %% ../nbs/09_data.ipynb #a4674e23
+# %% ../nbs/09_data.ipynb #1eed7eda
 class Crops:
     "The stream: `crops[position]` is a crop and what was skipped to get it."
     def __init__(self,
@@ -153,7 +154,7 @@ class Crops:
         path, reason = next(iter(skipped.items()))
         raise BadInput(f'none of {len(skipped)} images that were tried can be used; the first: {path} {reason}')
 
-# %% ../nbs/09_data.ipynb #e3363eb9
+# %% ../nbs/09_data.ipynb #61483246
 class Batch(NamedTuple):
     "Some crops of a stream."
     images: Tensor           # (B, 3, size, size) uint8
@@ -162,7 +163,7 @@ class Batch(NamedTuple):
 def _collate(items):
     return Batch(torch.stack([crop for crop, _ in items]), {path: why for _, skipped in items for path, why in skipped.items()})
 
-# %% ../nbs/09_data.ipynb #05ee6a83
+# %% ../nbs/09_data.ipynb #07ad9d63
 def image_batches(
     crops:Crops,         # the stream
     batch_size:int,
@@ -174,7 +175,7 @@ def image_batches(
     positions = range(start*batch_size, steps*batch_size)
     return iter(DataLoader(crops, batch_size, sampler=positions, num_workers=workers, collate_fn=_collate))
 
-# %% ../nbs/09_data.ipynb #b81487c8
+# %% ../nbs/09_data.ipynb #154c72c6
 def hold_out(
     images:Dataset,
     n:int,          # how many to keep from training

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Match', 'teacher_match', 'Constant']
 
-# %% ../nbs/11_match.ipynb #236048b2
+# %% ../nbs/11_match.ipynb #19762f6a
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .features import BadInput, Features, resample
 
-# %% ../nbs/11_match.ipynb #f20c2bb4
+# %% ../nbs/11_match.ipynb #f24d5833
 class Match:
     "How one teacher and a student agree, summed up over batches."
     def __init__(self):
@@ -46,7 +46,7 @@ class Match:
         return {'explained': 1 - self.squared_error/varied, 'mse': self.squared_error/(self.places*len(self.sum)),
                 'cosine': self.cosine/self.places, 'summary_cosine': self.summary_cosine/self.images}
 
-# %% ../nbs/11_match.ipynb #10c59cf2
+# %% ../nbs/11_match.ipynb #bab300be
 def teacher_match(
     student:Callable[[Tensor], dict[str, Features]],  # images in [0, 1] to features in the teachers' spaces
     teachers:dict[str, Callable[[Tensor], Features]],
@@ -59,7 +59,7 @@ def teacher_match(
         for name, teacher in teachers.items(): matches[name].update(answers[name], teacher(images))
     return {name: match.result() for name, match in matches.items()}
 
-# %% ../nbs/11_match.ipynb #40956758
+# %% ../nbs/11_match.ipynb #c34347f3
 class Constant:
     "The student that says the same of every image: its teachers' means over the training images."
     def __init__(self,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['palette', 'Colours', 'tile', 'sheet', 'smoothed', 'loss_curves', 'html_table', 'html_image', 'html_figure', 'page']
 
-# %% ../nbs/15_pictures.ipynb #5a735b71
+# %% ../nbs/15_pictures.ipynb #0ed96683
 import base64
 from html import escape
 from io import BytesIO
@@ -17,7 +17,7 @@ from PIL import Image
 from plotly.offline import get_plotlyjs
 from torch import Tensor
 
-# %% ../nbs/15_pictures.ipynb #730a8fa9
+# %% ../nbs/15_pictures.ipynb #5f55c33d
 class Colours:
     "A fixed way to turn features into colours: three principal directions, each with a range."
     def __init__(self,
@@ -36,7 +36,7 @@ class Colours:
         seen = (spatial.double().cpu() - self.mean) @ self.directions
         return ((seen - self.low)/(self.high - self.low).clamp_min(1e-12)).clamp(0, 1)
 
-# %% ../nbs/15_pictures.ipynb #4e6db7d8
+# %% ../nbs/15_pictures.ipynb #50bc296e
 def tile(
     colours:Tensor, # (h, w, 3) in [0, 1]
     size:int=112,   # of the picture, in pixels
@@ -56,7 +56,7 @@ def sheet(
         for c, image in enumerate(row): page.paste(image, (c*(w + gap), r*(h + gap)))
     return page
 
-# %% ../nbs/15_pictures.ipynb #fe645b3e
+# %% ../nbs/15_pictures.ipynb #92cc185f
 def smoothed(
     values:list[float],
     momentum:float=.9,  # of the running average
@@ -68,7 +68,7 @@ def smoothed(
         out.append(total/weight)
     return out
 
-# %% ../nbs/15_pictures.ipynb #442e15b4
+# %% ../nbs/15_pictures.ipynb #c01b2f30
 palette = ['#1f77b4', '#d62728', '#2ca02c', '#9467bd', '#ff7f0e', '#17becf', '#8c564b', '#e377c2']
 
 def loss_curves(
@@ -86,7 +86,7 @@ def loss_curves(
     return fig.update_layout(width=660, height=300, margin=dict(l=0, r=0, t=10, b=0), xaxis_title='step', yaxis_title=f'{kind} loss',
                              template='plotly_white', legend=dict(x=1, y=1, xanchor='right'))
 
-# %% ../nbs/15_pictures.ipynb #f2729a75
+# %% ../nbs/15_pictures.ipynb #bea9e88c
 def html_table(
     header:list[str],
     rows:list[list],   # strings as they are, numbers with three decimals
@@ -111,11 +111,12 @@ def html_figure(fig:go.Figure)->str:
     "A plotly figure; the page brings the script."
     return fig.to_html(full_html=False, include_plotlyjs=False, config={'displayModeBar': False})
 
-# %% ../nbs/15_pictures.ipynb #26671dfa
-_style = '''body{font:16px/1.55 system-ui,sans-serif;max-width:46rem;margin:2rem auto;padding:0 1rem;color:#222}
+# %% ../nbs/15_pictures.ipynb #57f9c4ad
+_style = '''body{font:16px/1.55 system-ui,sans-serif;max-width:48rem;margin:2rem auto;padding:0 1rem;color:#222}
 h1{font-size:1.7rem}h2{font-size:1.2rem;margin-top:2.2rem}
 table{border-collapse:collapse;font-size:.9rem}
-th,td{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:left}td.number{text-align:right;font-variant-numeric:tabular-nums}
+th,td{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:left;white-space:nowrap}
+td.number{text-align:right;font-variant-numeric:tabular-nums}
 figure{margin:1rem 0}img{max-width:100%}figcaption{font-size:.85rem;color:#555}
 pre{background:#f6f6f6;padding:.8rem;overflow-x:auto;font-size:.85rem}'''
 

@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['random_windows', 'CroppedPositions', 'Head', 'Stem', 'Backbone', 'Student', 'fold_heads']
 
-# %% ../nbs/08_student.ipynb #7e768fbf
+# %% ../nbs/08_student.ipynb #0df50728
 import json
 import os
 from math import log
 from pathlib import Path
 
 import radio_nb  # noqa: F401  before timm, so that torchvision can be imported
-import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -24,7 +23,7 @@ from .normalizers import Normalizer
 from .teachers import parse_spec, timm_model
 from .zoo import zoo_model
 
-# %% ../nbs/08_student.ipynb #8fa04343
+# %% ../nbs/08_student.ipynb #8d4109e5
 def random_windows(
     n:int, # how many, one for each image of a batch
     device:torch.device|None=None,
@@ -35,7 +34,7 @@ def random_windows(
     sizes = torch.stack([scale*aspect.sqrt(), scale/aspect.sqrt()], -1).clamp(max=1)
     return torch.rand(n, 2, device=device)*(1 - sizes), sizes
 
-# %% ../nbs/08_student.ipynb #379bf748
+# %% ../nbs/08_student.ipynb #0bd3f952
 class CroppedPositions(nn.Module):
     "Cropped position embedding (AM-RADIO, §3.4): a vector for every place of a grid of any size."
     def __init__(self,
@@ -65,7 +64,7 @@ class CroppedPositions(nn.Module):
         points = corners[:, None, None] + sizes[:, None, None]*unit
         return F.grid_sample(self.table.expand(n, -1, -1, -1), 2*points - 1, align_corners=False, padding_mode='border')
 
-# %% ../nbs/08_student.ipynb #278145b2
+# %% ../nbs/08_student.ipynb #c2e99b48
 class Head(nn.Sequential):
     "An adaptor head, (..., n_in) to (..., n_out)."
     def __init__(self,
@@ -84,7 +83,7 @@ class Head(nn.Sequential):
         head[3] = normalizer.fold_into(self[3])
         return head
 
-# %% ../nbs/08_student.ipynb #f93c67bc
+# %% ../nbs/08_student.ipynb #585b427e
 class Stem(nn.Module):
     "The first stages of a convolutional network in place of a patch embedding: (B, 3, H, W) to (B, dim, H/16, W/16)."
     def __init__(self,
@@ -112,7 +111,7 @@ class Stem(nn.Module):
         maps = self.model.forward_intermediates(x, indices=[self.index], intermediates_only=True, stop_early=True)
         return self.proj(maps[0])
 
-# %% ../nbs/08_student.ipynb #912ba812
+# %% ../nbs/08_student.ipynb #11ebf124
 def _vit(backbone):
     "The timm vision transformer that `backbone` names, and the spec of the same one without weights."
     spec = parse_spec(backbone if ':' in backbone else f'timm:{backbone}@random')
@@ -121,7 +120,7 @@ def _vit(backbone):
     if not isinstance(vit, VisionTransformer): raise BadInput(f'{backbone} is no vision transformer; vit_tiny_patch16_224 is one')
     return vit, spec.name.partition('.')[0]
 
-# %% ../nbs/08_student.ipynb #f0000ba5
+# %% ../nbs/08_student.ipynb #8dbb2f8d
 def _stem_model(stem):
     "The convolutional network that `stem` names, with the mean and std of its input, and its spec without weights."
     spec = parse_spec(stem)
@@ -130,7 +129,7 @@ def _stem_model(stem):
     cfg = model.default_cfg
     return model, cfg['mean'], cfg['std'], f'timm:{cfg["architecture"]}@random'
 
-# %% ../nbs/08_student.ipynb #6ace8056
+# %% ../nbs/08_student.ipynb #ed874dc9
 class Backbone(nn.Module):
     "A vision transformer for images of any size: (B, 3, H, W) in [0, 1] to its class tokens and its grid."
     def __init__(self,
@@ -166,7 +165,7 @@ class Backbone(nn.Module):
         tokens = self.norm(self.blocks(tokens))
         return Features(tokens[:, :self.n_class], tokens[:, self.prefix.shape[1]:].unflatten(1, (h, w)))
 
-# %% ../nbs/08_student.ipynb #a50a9f92
+# %% ../nbs/08_student.ipynb #81c25fbc
 def _prefix(vit, n_class, multiple=8):
     "Class tokens and registers, together a multiple of `multiple`."
     registers = multiple - n_class % multiple
@@ -182,7 +181,7 @@ def _positions(vit):
         positions.table.data = F.interpolate(table, positions.table.shape[-2:], mode='bicubic', antialias=True)
     return positions
 
-# %% ../nbs/08_student.ipynb #967f05da
+# %% ../nbs/08_student.ipynb #04567602
 class Student(nn.Module):
     "A backbone with two heads for each teacher: images to every teacher's features."
     def __init__(self,
@@ -231,7 +230,7 @@ class Student(nn.Module):
         student.load_state_dict(load_file(Path(folder)/'student.safetensors'))
         return student.eval()
 
-# %% ../nbs/08_student.ipynb #1d756ba9
+# %% ../nbs/08_student.ipynb #952408ba
 def fold_heads(
     student:Student,                      # trained on normalized targets
     normalizers:dict[str, Normalizer],    # by teacher

@@ -6,12 +6,13 @@
 __all__ = ['SOURCES', 'TEACHERS', 'Teacher', 'as_grid', 'timm_features', 'read_weights', 'fill', 'Spec', 'parse_spec', 'Listed',
            'timm_model', 'load_teacher']
 
-# %% ../nbs/07_teachers.ipynb #b9353eb5
+# %% ../nbs/07_teachers.ipynb #d790ae9f
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import radio_nb  # noqa: F401  before timm, so that torchvision can be imported
 import open_clip
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from .features import BadInput, Features, unknown
 from .zoo import ZOO, zoo_model
 
-# %% ../nbs/07_teachers.ipynb #f65b4ce9
+# %% ../nbs/07_teachers.ipynb #a68d7e59
 class Teacher(nn.Module):
     "A pretrained model, frozen: images (B, 3, H, W) in [0, 1] to `Features` in float32."
     def __init__(self,
@@ -63,7 +64,7 @@ class Teacher(nn.Module):
 
     def __repr__(self): return f'Teacher({self.name!r}, {self.size} px, summary: {self.summary_kind})'
 
-# %% ../nbs/07_teachers.ipynb #4155a1dd
+# %% ../nbs/07_teachers.ipynb #a1e96163
 def as_grid(
     final:Tensor,     # what `forward_features` gave
     model:nn.Module,  # a timm model
@@ -77,7 +78,7 @@ def as_grid(
                        'wrap it with load_teacher(model, features=…) and return the grid yourself')
     return tokens.unflatten(1, (side, side))
 
-# %% ../nbs/07_teachers.ipynb #f77fe761
+# %% ../nbs/07_teachers.ipynb #878e6bd5
 def timm_features(
     model:nn.Module,  # a timm model
 )->Callable[[Tensor], Features]:
@@ -87,12 +88,12 @@ def timm_features(
         return Features(model.forward_head(final, pre_logits=True), as_grid(final, model))
     return features
 
-# %% ../nbs/07_teachers.ipynb #e9f65d3c
+# %% ../nbs/07_teachers.ipynb #1af0baf6
 _summary_kinds = {'token': 'class token', 'avg': 'average', 'map': 'attention pooling'}
 
 def _summary_kind(model): return _summary_kinds.get(getattr(model, 'global_pool', None), 'average')
 
-# %% ../nbs/07_teachers.ipynb #0e9b3bba
+# %% ../nbs/07_teachers.ipynb #dd85a09b
 def read_weights(
     path:Path,  # safetensors, or a checkpoint of tensors
 )->dict[str, Tensor]:
@@ -103,7 +104,7 @@ def read_weights(
         reason = str(e).strip().splitlines()[0]
         raise BadInput(f'{path} is not a file of weights that can be read safely ({reason}): save it as safetensors') from e
 
-# %% ../nbs/07_teachers.ipynb #93639e07
+# %% ../nbs/07_teachers.ipynb #05fffe1d
 def _misfit(model, weights):
     "What keeps `weights` from filling `model`: missing keys, keys left over, wrong shapes. Classifiers do not count."
     own = model.state_dict()
@@ -115,7 +116,7 @@ def _misfit(model, weights):
               for key in own if key in weights and weights[key].shape != own[key].shape]
     return {'missing': missing, 'not in the model': left_over, 'of another shape': shapes}
 
-# %% ../nbs/07_teachers.ipynb #68b1440c
+# %% ../nbs/07_teachers.ipynb #7bd1a07e
 def fill(
     model:nn.Module,          # a network
     weights:dict[str, Tensor],
@@ -132,7 +133,7 @@ def fill(
     model.load_state_dict(weights, strict=False)
     return model
 
-# %% ../nbs/07_teachers.ipynb #7daf3369
+# %% ../nbs/07_teachers.ipynb #e62d19e4
 class Spec(NamedTuple):
     "A teacher spec, taken apart."
     source:str      # 'zoo', 'timm' or 'open_clip'
@@ -142,7 +143,7 @@ class Spec(NamedTuple):
 
 SOURCES = ('zoo', 'timm', 'open_clip')
 
-# %% ../nbs/07_teachers.ipynb #e6088e15
+# %% ../nbs/07_teachers.ipynb #1ca3693f
 def parse_spec(
     spec:str,  # 'source:name', 'source:name@path', 'source:name@random', any of them with '#pixels' behind
 )->Spec:
@@ -157,7 +158,7 @@ def parse_spec(
     if source not in SOURCES: raise unknown('source of teachers', source, list(SOURCES))
     return Spec(source, name, weights, int(size))
 
-# %% ../nbs/07_teachers.ipynb #7d844a69
+# %% ../nbs/07_teachers.ipynb #a5a698b4
 @dataclass(frozen=True)
 class Listed:
     "A line of `radio-nb teachers`."
@@ -171,7 +172,7 @@ TEACHERS: dict[str, Listed] = {f'zoo:{name}': Listed(zoo.aim, zoo.licence) for n
     'open_clip:ViT-B-16/datacomp_xl_s13b_b90k': Listed('matches images and texts', 'MIT'),
 }
 
-# %% ../nbs/07_teachers.ipynb #ef94f9d4
+# %% ../nbs/07_teachers.ipynb #d06b8eb2
 def _from_zoo(spec, name):
     zoo = zoo_model(spec.name)
     if spec.weights: raise BadInput(f'{name}: zoo models come with their weights; for a file of yours use timm:NAME@{spec.weights}')
@@ -179,7 +180,7 @@ def _from_zoo(spec, name):
     features = getattr(model, 'features', None) or timm_features(model)
     return Teacher(name, model, features, spec.size or zoo.size, zoo.mean, zoo.std)
 
-# %% ../nbs/07_teachers.ipynb #5a9bb1c6
+# %% ../nbs/07_teachers.ipynb #690e44b2
 def _from_hub(name, create):
     "Run `create`, which fetches weights; say clearly when it cannot."
     try: return create()
@@ -189,7 +190,7 @@ def _from_hub(name, create):
         raise BadInput(f'{name}: its weights could not be fetched ({reason}). '
                        f'Without a network give a local file: {name.partition("#")[0]}@PATH') from e
 
-# %% ../nbs/07_teachers.ipynb #0048a4a2
+# %% ../nbs/07_teachers.ipynb #3651b4dd
 def timm_model(
     spec:Spec,  # with source 'timm'
     **kwargs,   # passed on to timm
@@ -202,7 +203,7 @@ def timm_model(
     model = timm.create_model(spec.name, num_classes=0, **kwargs)
     return model if spec.weights == 'random' else fill(model, read_weights(spec.weights), spec.weights)
 
-# %% ../nbs/07_teachers.ipynb #e26f9011
+# %% ../nbs/07_teachers.ipynb #03e5a60f
 def _takes_size(name):
     "Whether timm's architecture `name` is built for one image size."
     return timm.get_pretrained_cfg(name.partition('.')[0]).fixed_input_size
@@ -215,14 +216,14 @@ def _from_timm(spec, name):
     mean, std = _file_normalization(spec.weights) or (cfg['mean'], cfg['std'])
     return Teacher(name, model, timm_features(model), spec.size or cfg['input_size'][-1], mean, std, _summary_kind(model))
 
-# %% ../nbs/07_teachers.ipynb #05117d52
+# %% ../nbs/07_teachers.ipynb #37a7a656
 def _is_trunk(spec):
     "Whether the file's names are those of a `features_only` network and not of the whole one."
     weights = read_weights(spec.weights)
     with torch.device('meta'): whole = timm.create_model(spec.name, num_classes=0).state_dict()
     return not any(key in whole for key in weights) and any(key.replace('_', '.', 1) in whole for key in weights)
 
-# %% ../nbs/07_teachers.ipynb #e39fb71c
+# %% ../nbs/07_teachers.ipynb #111a55ee
 def _from_trunk(spec, name):
     weights = read_weights(spec.weights)
     layers = {key.rpartition('.')[0] for key in weights}
@@ -238,7 +239,7 @@ def _from_trunk(spec, name):
     mean, std = _file_normalization(spec.weights) or (cfg.mean, cfg.std)
     return Teacher(name, model, features, spec.size or cfg.input_size[-1], mean, std)
 
-# %% ../nbs/07_teachers.ipynb #fab4fc99
+# %% ../nbs/07_teachers.ipynb #fe897e83
 def _file_normalization(path):
     "The mean and std that a safetensors file states, as 'r,g,b' of numbers or fractions; None where it does not."
     if not str(path).endswith('.safetensors'): return None
@@ -247,12 +248,14 @@ def _file_normalization(path):
     def numbers(text): return tuple(float(Fraction(a)/Fraction(b or 1)) for a, _, b in (n.partition('/') for n in text.split(',')))
     return numbers(stated['mean']), numbers(stated['std'])
 
-# %% ../nbs/07_teachers.ipynb #6cffb5b4
+# %% ../nbs/07_teachers.ipynb #77148445
 def _from_open_clip(spec, name):
     arch, _, tag = spec.name.partition('/')
     if arch not in open_clip.list_models(): raise unknown('open_clip model', arch, open_clip.list_models())
     sized = {'force_image_size': spec.size} if spec.size else {}
-    if not spec.weights and not tag: raise BadInput(f'{name}: name the weights, {name}/TAG; tags: {", ".join(open_clip.list_pretrained_tags_by_model(arch))}')
+    if not spec.weights and not tag:
+        tags = open_clip.list_pretrained_tags_by_model(arch)
+        raise BadInput(f'{name}: name the weights, {name}/TAG; tags: {", ".join(tags)}')
     if spec.weights: model = open_clip.create_model(arch, **sized)
     else: model = _from_hub(name, lambda: open_clip.create_model(arch, pretrained=tag, **sized))
     if spec.weights not in ('', 'random'): fill(model, read_weights(spec.weights), spec.weights)
@@ -261,7 +264,7 @@ def _from_open_clip(spec, name):
     cfg = open_clip.get_model_preprocess_cfg(model)
     return Teacher(name, tower, _clip_features(tower), size, cfg['mean'], cfg['std'], 'CLIP embedding')
 
-# %% ../nbs/07_teachers.ipynb #96668d31
+# %% ../nbs/07_teachers.ipynb #8d3175d9
 def _clip_features(tower):
     "How to read an image tower of open_clip: the embedding, and the last grid after its normalization."
     def features(x):
@@ -269,7 +272,7 @@ def _clip_features(tower):
         return Features(out['image_features'], out['image_intermediates'][-1].movedim(1, -1))
     return features
 
-# %% ../nbs/07_teachers.ipynb #b279a2ab
+# %% ../nbs/07_teachers.ipynb #32977de4
 def load_teacher(
     spec:str|nn.Module,                             # see `parse_spec`; or a network
     features:Callable[[Tensor], Features]|None=None,# for a network: from normalized images to features

@@ -8,17 +8,18 @@ __all__ = ['Recipe', 'recipe_toml', 'read_recipe', 'difference', 'teacher_names'
            'Stopped', 'stop_flag', 'Prepared', 'best_device', 'prepare', 'new_student', 'check_folder', 'finished',
            'take_statistics', 'load_normalizers', 'start_trainer', 'metrics_file', 'distill']
 
-# %% ../nbs/10_train.ipynb #7bfcb125
+# %% ../nbs/10_train.ipynb #90ec9416
 import json
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from math import cos, isfinite, pi
 from pathlib import Path
-from typing import Callable, Iterable, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import radio_nb  # noqa: F401  before timm, so that torchvision can be imported
 import timm.optim
@@ -42,7 +43,7 @@ from .teachers import Teacher, load_teacher, parse_spec
 if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
 
-# %% ../nbs/10_train.ipynb #5d7dc394
+# %% ../nbs/10_train.ipynb #39108347
 @dataclass(frozen=True)
 class Recipe:
     "What to distil, and how."
@@ -74,7 +75,7 @@ class Recipe:
     checkpoint_every: int = 100         # steps between checkpoints
     keep: int = 2                       # how many checkpoints to keep
 
-# %% ../nbs/10_train.ipynb #4d55c3d1
+# %% ../nbs/10_train.ipynb #122c58ce
 def recipe_toml(recipe:Recipe)->str:
     "A recipe as TOML."
     return tomli_w.dumps({key: list(value) if isinstance(value, tuple) else value for key, value in asdict(recipe).items()})
@@ -89,7 +90,7 @@ def read_recipe(path:Path)->dict:
         if key not in known: raise unknown(f'field in {path}', key, known)
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
-# %% ../nbs/10_train.ipynb #fc47d667
+# %% ../nbs/10_train.ipynb #46f856df
 _may_differ = {'out', 'device', 'workers', 'checkpoint_every', 'keep'}
 
 def difference(
@@ -102,7 +103,7 @@ def difference(
         if mine != theirs and field.name not in _may_differ: return f'{field.name} is {mine!r} here and {theirs!r} there'
     return ''
 
-# %% ../nbs/10_train.ipynb #563dead2
+# %% ../nbs/10_train.ipynb #1cf659ce
 def teacher_names(
     specs:tuple[str, ...],
 )->dict[str, str]: # from short names to specs, in order
@@ -115,7 +116,7 @@ def teacher_names(
     names = [short(spec) for spec in specs]
     return {short if names.count(short) == 1 else spec: spec for short, spec in zip(names, specs)}
 
-# %% ../nbs/10_train.ipynb #96fa08c0
+# %% ../nbs/10_train.ipynb #27921380
 class Statistics(NamedTuple):
     "What is known of a teacher's features before training."
     spatial: Moments   # of its grid, over images and places
@@ -135,7 +136,7 @@ def measure(
             directions[name] = directions.get(name, 0) + F.normalize(summary.double(), dim=-1).sum(0)
     return {name: Statistics(moments[name], directions[name]/seen) for name in teachers}
 
-# %% ../nbs/10_train.ipynb #d3e57b91
+# %% ../nbs/10_train.ipynb #dbc00974
 def learning_rate(
     step:int,       # from 0
     recipe:Recipe,
@@ -145,7 +146,7 @@ def learning_rate(
     if done < warmup: return recipe.lr*done/warmup
     return recipe.lr*.5*(1 + cos(pi*(done - warmup)/(1 - warmup)))
 
-# %% ../nbs/10_train.ipynb #fbe4ec73
+# %% ../nbs/10_train.ipynb #eb833f0b
 def check_losses(step:int, parts:dict[str, dict[str, float]]):
     "Raise `BadInput` that names the teacher whose loss is not finite."
     for name, pair in parts.items():
@@ -153,7 +154,7 @@ def check_losses(step:int, parts:dict[str, dict[str, float]]):
             if not isfinite(value):
                 raise BadInput(f'step {step}: the {kind} loss of teacher {name} is {value}; try a lower lr, or leave this teacher out')
 
-# %% ../nbs/10_train.ipynb #327cd10f
+# %% ../nbs/10_train.ipynb #9bfec0e8
 class Trainer:
     "A student, its teachers and all that changes while it learns."
     def __init__(self,
@@ -210,7 +211,7 @@ class Trainer:
         self.optimizer.load_state_dict(state['optimizer'])
         self.loss.load_state_dict(state['loss'])
 
-# %% ../nbs/10_train.ipynb #c6b03bf1
+# %% ../nbs/10_train.ipynb #71160ee5
 def shrink(images:Tensor, size:int)->Tensor:
     "Images as squares of `size` pixels."
     return images if images.shape[-1] == size else F.interpolate(images, (size, size), mode='bilinear', antialias=True)
@@ -222,7 +223,7 @@ def teacher_weights(recipe:Recipe, names:list[str])->tuple[dict[str, float], dic
         return dict(zip(names, weights or [1.]*len(names)))
     return by_name('summary_weights', recipe.summary_weights), by_name('spatial_weights', recipe.spatial_weights)
 
-# %% ../nbs/10_train.ipynb #786e824e
+# %% ../nbs/10_train.ipynb #052936f2
 def save_checkpoint(
     folder:Path,  # made if it is not there
     state:dict,   # with an entry 'step'
@@ -242,7 +243,7 @@ def load_checkpoint(folder:Path)->dict|None:
         try: return torch.load(path, weights_only=True, map_location='cpu')
         except Exception as e: print(f'{path} is damaged ({str(e).splitlines()[0][:80]}); trying the one before', file=sys.stderr)
 
-# %% ../nbs/10_train.ipynb #9055834b
+# %% ../nbs/10_train.ipynb #7cf92843
 class Progress:
     "Shows a loop's rate and time left: a bar on a terminal, else a line every half minute and at the end."
     def __init__(self,
@@ -267,7 +268,7 @@ class Progress:
             left = time.strftime('%H:%M:%S', time.gmtime((self.total - step)/rate))
             print(f'{self.what} {step}/{self.total}  {rate:.2f}/s  {left} left  {note}', file=sys.stderr, flush=True)
 
-# %% ../nbs/10_train.ipynb #ac8c1955
+# %% ../nbs/10_train.ipynb #1a43acca
 class Stopped(Exception):
     "A run was asked to stop and has written a checkpoint; the message says how to go on."
 
@@ -282,7 +283,7 @@ def stop_flag():
     finally:
         for sig, handler in before.items(): signal.signal(sig, handler)
 
-# %% ../nbs/10_train.ipynb #c1970a7e
+# %% ../nbs/10_train.ipynb #97f685b6
 class Prepared(NamedTuple):
     "What a recipe names, loaded."
     teachers: dict[str, Teacher]
@@ -305,7 +306,7 @@ def prepare(recipe:Recipe)->Prepared:
     teachers = {name: load_teacher(spec, name=name).to(device) for name, spec in names.items()}
     return Prepared(teachers, train, held, max(recipe.size, *(t.size for t in teachers.values())), device)
 
-# %% ../nbs/10_train.ipynb #e29fd0c6
+# %% ../nbs/10_train.ipynb #9bf667c3
 def new_student(
     recipe:Recipe,
     widths:dict[str, tuple[int, int]], # of every teacher's summary and grid
@@ -316,7 +317,7 @@ def new_student(
     widths = {name: (summary if summary_weights[name] else 0, spatial) for name, (summary, spatial) in widths.items()}
     return Student(recipe.student, widths, recipe.stem, recipe.head_width, depth=recipe.depth)
 
-# %% ../nbs/10_train.ipynb #b926aecd
+# %% ../nbs/10_train.ipynb #4bbb8c1d
 def check_folder(recipe:Recipe, resume:bool)->Path:
     "The folder of a run. Raises `BadInput` where it belongs to another run, or to something else."
     out = Path(recipe.out)
@@ -331,7 +332,7 @@ def finished(out:Path)->bool:
     "Whether a run folder holds a trained student."
     return (Path(out)/'student.safetensors').exists()
 
-# %% ../nbs/10_train.ipynb #4a1743ff
+# %% ../nbs/10_train.ipynb #b657fd78
 def take_statistics(recipe:Recipe, ready:Prepared, crops:Crops, out:Path):
     "Measure the teachers, fit their normalizers and write both to `statistics.safetensors`."
     progress = Progress(recipe.statistics_steps, what='statistics')
@@ -347,7 +348,7 @@ def take_statistics(recipe:Recipe, ready:Prepared, crops:Crops, out:Path):
     save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, out/'statistics.part')
     os.replace(out/'statistics.part', out/'statistics.safetensors')
 
-# %% ../nbs/10_train.ipynb #90ae7069
+# %% ../nbs/10_train.ipynb #0ff5eae6
 def load_normalizers(recipe:Recipe, widths:dict[str, tuple[int, int]], out:Path)->dict[str, Normalizer]:
     "The normalizers of a run, by teacher."
     tensors, normalizers = load_file(out/'statistics.safetensors'), {}
@@ -357,7 +358,7 @@ def load_normalizers(recipe:Recipe, widths:dict[str, tuple[int, int]], out:Path)
         normalizers[name].load_state_dict({k[len(prefix):]: t for k, t in tensors.items() if k.startswith(prefix)})
     return normalizers
 
-# %% ../nbs/10_train.ipynb #300dcc3c
+# %% ../nbs/10_train.ipynb #e1dbdc2b
 def start_trainer(recipe:Recipe, ready:Prepared, crops:Crops, out:Path)->tuple[Trainer, dict[str, str]]:
     "A trainer at its first step or where the last checkpoint left it, and the images skipped until then."
     if not (out/'statistics.safetensors').exists(): take_statistics(recipe, ready, crops, out)
@@ -368,7 +369,7 @@ def start_trainer(recipe:Recipe, ready:Prepared, crops:Crops, out:Path)->tuple[T
     trainer.load_state_dict(state['trainer'])
     return trainer, state['skipped']
 
-# %% ../nbs/10_train.ipynb #2f55a882
+# %% ../nbs/10_train.ipynb #1ab453a3
 def metrics_file(out:Path, step:int):
     "`metrics.jsonl` opened for appending after the line of `step`."
     path = Path(out)/'metrics.jsonl'
@@ -376,7 +377,7 @@ def metrics_file(out:Path, step:int):
     path.write_text(''.join(lines))
     return path.open('a', buffering=1)
 
-# %% ../nbs/10_train.ipynb #d148fa1b
+# %% ../nbs/10_train.ipynb #e9b15ab0
 def distill(
     recipe:Recipe,
     resume:bool=False,  # go on with an unfinished run in the same folder
@@ -394,10 +395,12 @@ def distill(
     if skipped: (out/'skipped.json').write_text(json.dumps(skipped, indent=2))
     return out
 
-# %% ../nbs/10_train.ipynb #f8d68daa
+# %% ../nbs/10_train.ipynb #b484d127
 def _loop(trainer, crops, skipped, metrics, stop, out):
     recipe = trainer.recipe
-    def checkpoint(): save_checkpoint(out/'checkpoints', {'step': trainer.step, 'trainer': trainer.state_dict(), 'skipped': skipped}, recipe.keep)
+    def checkpoint():
+        state = {'step': trainer.step, 'trainer': trainer.state_dict(), 'skipped': skipped}
+        save_checkpoint(out/'checkpoints', state, recipe.keep)
     progress = Progress(recipe.steps, trainer.step)
     for batch in image_batches(crops, recipe.batch_size, recipe.steps, trainer.step, recipe.workers):
         skipped.update(batch.skipped)

@@ -7,8 +7,9 @@ import time
 
 import pytest
 import torch
-from conftest import SMALL, radio_nb
+from conftest import SMALL
 
+from radio_nb.cli import main
 from radio_nb.features import BadInput, Features
 from radio_nb.moments import NonFinite
 from radio_nb.student import Student
@@ -33,17 +34,16 @@ def same_weights(a, b):
 
 
 @pytest.mark.parametrize('moment', ['statistics.safetensors', 'metrics.jsonl', 'checkpoints/00000002.pt', 'checkpoints/00000004.pt'])
-def test_a_killed_run_goes_on_to_the_same_student(run, tmp_path, moment):
+def test_a_killed_run_goes_on_to_the_same_student(run, tmp_path, capsys, moment):
     out = tmp_path/'run'
     process = start('distill', *SMALL, '--out', out)
     wait_for(out/moment)
     process.kill()
     process.wait()
     assert not (out/'student.safetensors').exists()
-    refused = radio_nb('distill', *SMALL, '--out', out)
-    assert refused.returncode == 2 and 'add --resume' in refused.stderr
-    resumed = radio_nb('distill', *SMALL, '--out', out, '--resume')
-    assert resumed.returncode == 0, resumed.stderr
+    with pytest.raises(SystemExit) as refused: main(['distill', *SMALL, '--out', str(out)])
+    assert refused.value.code == 2 and 'add --resume' in capsys.readouterr().err
+    main(['distill', *SMALL, '--out', str(out), '--resume'])
     assert same_weights(out, run[0])
     assert [json.loads(line)['step'] for line in (out/'metrics.jsonl').open()] == [1, 2, 3, 4, 5, 6]
 
@@ -55,11 +55,11 @@ def test_a_signal_stops_between_steps_and_leaves_a_checkpoint(run, tmp_path):
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130 and 'add --resume' in error and 'Traceback' not in error
-    assert radio_nb('distill', *SMALL, '--out', out, '--resume').returncode == 0
+    main(['distill', *SMALL, '--out', str(out), '--resume'])
     assert same_weights(out, run[0])
 
 
-def test_a_damaged_checkpoint_is_passed_over(run, tmp_path):
+def test_a_damaged_checkpoint_is_passed_over(run, tmp_path, capsys):
     out = tmp_path/'run'
     process = start('distill', *SMALL, '--out', out)
     wait_for(out/'checkpoints'/'00000004.pt')
@@ -67,15 +67,15 @@ def test_a_damaged_checkpoint_is_passed_over(run, tmp_path):
     process.wait()
     newest = max((out/'checkpoints').glob('*.pt'))
     newest.write_bytes(newest.read_bytes()[:1000])
-    resumed = radio_nb('distill', *SMALL, '--out', out, '--resume')
-    assert resumed.returncode == 0 and 'is damaged' in resumed.stderr
+    main(['distill', *SMALL, '--out', str(out), '--resume'])
+    assert 'is damaged' in capsys.readouterr().err
     assert same_weights(out, run[0])
 
 
 def test_a_teacher_that_gives_nan_is_named_before_the_statistics_are_spoilt():
     def mad(images): return Features(torch.zeros(len(images), 2), torch.full((len(images), 2, 2, 2), float('nan')))
     def sane(images): return Features(torch.ones(len(images), 2), torch.rand(len(images), 2, 2, 2))
-    with pytest.raises(NonFinite, match='teacher mad: 16 of 16 values'):
+    with pytest.raises(NonFinite, match='teacher mad .*NaN or infinity in 8 of 8 vectors'):
         measure({'sane': sane, 'mad': mad}, [torch.rand(2, 3, 8, 8)])
 
 
