@@ -25,9 +25,14 @@ def flagged(cell, flags):
     return any(d in ('slow', 'cuda', 'eval: false') and d not in flags for d in directives)
 
 
+PLOTLY = 'application/vnd.plotly.v1+json'
+
+
 def lighten(output, limit=60_000):
-    "Store a picture with more than `limit` characters of PNG as JPEG: photographs cost a fifth of it."
+    """Store a picture with more than `limit` characters of PNG as JPEG, which costs photographs a fifth of it, and a
+    figure made of pixels as a picture only: it gains nothing by plotly, and nbdev mistakes its `source` for a cell's."""
     data = output.get('data', {})
+    if any(trace.get('type') == 'image' for trace in data.get(PLOTLY, {}).get('data', [])): data.pop(PLOTLY)
     if len(data.get('image/png', '')) <= limit: return output
     jpeg = io.BytesIO()
     Image.open(io.BytesIO(base64.b64decode(data.pop('image/png')))).convert('RGB').save(jpeg, 'JPEG', quality=80)

@@ -48,6 +48,18 @@ def test_a_chapter_opens_with_a_title_and_stays_small(path):
     assert max((s.count('\n') for s, _ in cells(path) if s.startswith('#| export')), default=0) <= 60
 
 
+def keys(value):
+    "All keys in nested lists and dictionaries."
+    if isinstance(value, dict): return set(value).union(*map(keys, value.values()))
+    return set().union(*map(keys, value)) if isinstance(value, list) else set()
+
+
+@pytest.mark.parametrize('path', CHAPTERS, ids=lambda p: p.stem)
+def test_no_output_breaks_the_site(path):
+    "nbdev takes every key `source` for that of a cell, and plotly uses it for pixels."
+    assert not any('source' in keys(cell.get('outputs', [])) for _, cell in cells(path))
+
+
 def fresh(code): return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd='/')
 
 
