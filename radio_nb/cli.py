@@ -7,7 +7,7 @@ __all__ = ['DEMO', 'header', 'explanation', 'readable', 'judge', 'students', 'ju
            'feature_maps', 'in_words', 'write_report', 'as_flags', 'expand', 'distill_command', 'show_finished',
            'say_result', 'evaluate_command', 'teacher_row', 'teachers_command', 'main']
 
-# %% ../nbs/17_cli.ipynb #dc31fef0
+# %% ../nbs/17_cli.ipynb #87292908
 import json
 import sys
 import time
@@ -34,12 +34,12 @@ from .train import (Prepared, Progress, Recipe, Stopped, difference, distill, fi
                             new_student, prepare, read_recipe, recipe_toml, shrink)
 from .zoo import zoo_model
 
-# %% ../nbs/17_cli.ipynb #58d853f8
+# %% ../nbs/17_cli.ipynb #39d69666
 DEMO = Recipe(images='zoo:photos', out='runs/demo', stem='zoo:efficientnet-lite0', depth=6,
               teachers=('zoo:efficientnet-lite0#160', 'zoo:efficientnet-lite2#160', 'zoo:u2netp#128'),
               size=160, head_width=512, steps=240, batch_size=8, statistics_steps=16, hold_out=8)
 
-# %% ../nbs/17_cli.ipynb #8d14204a
+# %% ../nbs/17_cli.ipynb #e24c85d2
 def readable(
     images:Dataset,
     skipped:dict[str, str], # gets the others, with the reason
@@ -55,26 +55,27 @@ def readable(
         raise BadInput(f'none of {len(images)} images can be read; the first: {path} {reason}')
     return images.select(good)
 
-# %% ../nbs/17_cli.ipynb #5c7c1965
+# %% ../nbs/17_cli.ipynb #85b9ba63
 def judge(
-    student,             # images in [0, 1] to features by teacher
+    students:dict,       # by name, from images in [0, 1] to features by teacher
     ready:Prepared,
     size:int,            # of the student's images
     crops:Crops,         # what it is judged on
     n:int,               # how many crops
-    what:str,            # for the progress line
-)->dict[str, dict[str, float]]:
+    what:str,            # what they are crops of, for the progress line
+)->dict:                 # measures by student and teacher
     "The teacher match over `n` crops."
     batch_size = min(16, n)
-    progress = Progress(-(-n//batch_size), what=what)
+    progress = Progress(-(-n//batch_size), what=f'judge on {n} {what}')
     def batches():
-        for i, batch in enumerate(image_batches(crops, batch_size, n//batch_size + bool(n % batch_size))):
+        for i, batch in enumerate(image_batches(crops, batch_size, -(-n//batch_size))):
             left = n - i*batch_size
             yield batch.images[:left].to(ready.device)/255
             progress(i + 1)
-    return teacher_match(lambda images: student(shrink(images, size)), ready.teachers, batches())
+    def at_its_size(student): return lambda images: student(shrink(images, size))
+    return teacher_match({who: at_its_size(student) for who, student in students.items()}, ready.teachers, batches())
 
-# %% ../nbs/17_cli.ipynb #325b5ed7
+# %% ../nbs/17_cli.ipynb #bff3c2b9
 def students(recipe:Recipe, ready:Prepared, out:Path)->dict:
     "The trained student and the two that it is compared with."
     trained = Student.from_pretrained(out).to(ready.device)
@@ -83,7 +84,7 @@ def students(recipe:Recipe, ready:Prepared, out:Path)->dict:
     return {'student': trained, 'untrained': fold_heads(untrained, normalizers),
             'constant': Constant(out/'statistics.safetensors', list(ready.teachers))}
 
-# %% ../nbs/17_cli.ipynb #4122d33e
+# %% ../nbs/17_cli.ipynb #d45247c4
 def judge_run(
     recipe:Recipe,
     out:Path,              # the folder of a finished run
@@ -96,12 +97,11 @@ def judge_run(
         held = readable(ready.held, skipped)
         sets['new images'] = (Crops(held, ready.size, crop=centre_crop, shuffle=False), len(held))
     compared = students(recipe, ready, out)
-    match = {what: {who: judge(student, ready, recipe.size, crops, n, f'{who} on {n} {what}') for who, student in compared.items()}
-             for what, (crops, n) in sets.items()}
+    match = {what: judge(compared, ready, recipe.size, crops, n, what) for what, (crops, n) in sets.items()}
     (out/'match.json').write_text(json.dumps(match, indent=2))
     return match
 
-# %% ../nbs/17_cli.ipynb #b4fc4d0c
+# %% ../nbs/17_cli.ipynb #68561e17
 header = ['teacher', 'judged on', 'explained', 'untrained', 'constant', 'grid cos', 'summary cos']
 
 def table_rows(
@@ -115,7 +115,7 @@ def table_rows(
             rows.append([name, what, student['explained'], *others, student['cosine'], student['summary_cosine']])
     return rows
 
-# %% ../nbs/17_cli.ipynb #2de03e45
+# %% ../nbs/17_cli.ipynb #fee032f6
 def text_table(header:list[str], rows:list[list])->str:
     "A table for the terminal: words to the left, numbers to the right with three decimals."
     cells = [header, *([f'{v:.3f}' if isinstance(v, float) else str(v) for v in row] for row in rows)]
@@ -124,7 +124,7 @@ def text_table(header:list[str], rows:list[list])->str:
     lines = ['  '.join(c.ljust(w) if l else c.rjust(w) for c, w, l in zip(row, widths, left)) for row in cells]
     return '\n'.join([lines[0], '-'*len(lines[0]), *lines[1:]])
 
-# %% ../nbs/17_cli.ipynb #b6c413ca
+# %% ../nbs/17_cli.ipynb #2bc4730c
 def feature_maps(student, ready:Prepared, size:int, images:Dataset, n:int=6):
     "A sheet: one column for each image; its picture, then for every teacher a row of the teacher's map and one of the student's."
     crops = Crops(images, ready.size, crop=centre_crop, shuffle=False)
@@ -137,7 +137,7 @@ def feature_maps(student, ready:Prepared, size:int, images:Dataset, n:int=6):
         rows += [[tile(colours(grid)) for grid in spatial], [tile(colours(grid)) for grid in answers[name].spatial]]
     return sheet(rows)
 
-# %% ../nbs/17_cli.ipynb #141e0d9a
+# %% ../nbs/17_cli.ipynb #f54491c1
 def in_words(match:dict, recipe:Recipe, n_train:int)->str:
     "What the table says, for someone who has not read this book."
     seen = [m['explained'] for m in match['new crops']['student'].values()]
@@ -150,7 +150,7 @@ def in_words(match:dict, recipe:Recipe, n_train:int)->str:
         text += 'The gap between the two says that it has learned these images more than their world: it needs more of them.'
     return text
 
-# %% ../nbs/17_cli.ipynb #76bf1558
+# %% ../nbs/17_cli.ipynb #464cf1d8
 explanation = ('Explained is the share of the variance of a teacher\'s grid of features that the student predicts, in the teacher\'s own '
                'space: 1 is perfect, and no constant gets above 0. Untrained is the same student before its first step; constant says '
                'the mean over the training images of everything. The cosines compare directions only, and are high for a constant '
@@ -177,7 +177,7 @@ def write_report(recipe:Recipe, out:Path, match:dict)->Path:
     (out/'report.html').write_text(page(f'Distillation of {len(ready.teachers)} teachers', blocks), encoding='utf-8')
     return out/'report.html'
 
-# %% ../nbs/17_cli.ipynb #a799fbfc
+# %% ../nbs/17_cli.ipynb #685da95c
 def as_flags(values:dict)->list[str]:
     "The fields of a recipe as flags."
     flags = []
@@ -196,7 +196,7 @@ def expand(
         if flag.startswith('--recipe='): before = as_flags(read_recipe(Path(flag[9:])))
     return ['distill', *before, *args[1:]]
 
-# %% ../nbs/17_cli.ipynb #7ca9a078
+# %% ../nbs/17_cli.ipynb #e5ec94c6
 def distill_command(
     recipe:tyro.conf.OmitArgPrefixes[Recipe],
     preset:tyro.conf.Positional[Literal['demo', '']]='',  # demo: packaged teachers and photographs, offline, in minutes
@@ -214,7 +214,7 @@ def distill_command(
     say_result(recipe, out, match)
     print(f'\nThis took {time.time() - begun:.0f} s. The report is {report}, the student {out/"student.safetensors"}.')
 
-# %% ../nbs/17_cli.ipynb #42333b62
+# %% ../nbs/17_cli.ipynb #2c788d31
 def show_finished(recipe:Recipe, out:Path):
     "Say that a run is finished and show its table; make what is missing after a kill at the very end."
     differs = difference(recipe, Recipe(**read_recipe(out/'recipe.toml')))
@@ -233,7 +233,7 @@ def say_result(recipe:Recipe, out:Path, match:dict):
     print(f'\n{len(skipped)} images were skipped; {next(iter(skipped))}: {next(iter(skipped.values()))}')
     if len(skipped) > 1: print(f'All of them are in {out/"skipped.json"} and in the report.')
 
-# %% ../nbs/17_cli.ipynb #dbeaef33
+# %% ../nbs/17_cli.ipynb #f87cfb5f
 def evaluate_command(
     run:tyro.conf.Positional[str],  # folder of a finished run
     images:str='',                  # folder, Parquet file or folder, hf:name, or zoo:photos
@@ -248,12 +248,11 @@ def evaluate_command(
     crops = Crops(found, ready.size, crop=centre_crop, shuffle=False)
     compared = {'student': Student.from_pretrained(out).to(ready.device),
                 'constant': Constant(out/'statistics.safetensors', list(ready.teachers))}
-    match = {images: {who: judge(student, ready, recipe.size, crops, len(found), f'{who} on {len(found)} images')
-                      for who, student in compared.items()}}
+    match = {images: judge(compared, ready, recipe.size, crops, len(found), 'images')}
     print(text_table([name for name in header if name != 'untrained'], table_rows(match)))
     for path, reason in skipped.items(): print(f'skipped {path}: {reason}')
 
-# %% ../nbs/17_cli.ipynb #46cbf409
+# %% ../nbs/17_cli.ipynb #b9a890cd
 def teacher_row(spec:str)->list[str]:
     "A line of the list of teachers."
     parsed, listed = parse_spec(spec), TEACHERS[spec]
@@ -276,13 +275,13 @@ def _installed(zoo):
     try: return zoo.file().exists()
     except BadInput: return False
 
-# %% ../nbs/17_cli.ipynb #2a0cd02e
+# %% ../nbs/17_cli.ipynb #ea01f34f
 def teachers_command():
     "List teachers: width, image size, aim, licence, and whether the weights are on this machine."
     print(text_table(['teacher', 'width', 'size', 'aim', 'licence', 'here'], [teacher_row(spec) for spec in TEACHERS]))
     print("\nAny other timm:NAME or open_clip:NAME/TAG works too; NAME@FILE takes weights from a file, NAME@random none.")
 
-# %% ../nbs/17_cli.ipynb #f681d153
+# %% ../nbs/17_cli.ipynb #3201f3f7
 def main(args:list[str]|None=None):
     "The command `radio-nb`."
     disable_progress_bar()  # of datasets: what takes time here has its own

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Match', 'teacher_match', 'Constant']
 
-# %% ../nbs/11_match.ipynb #19762f6a
+# %% ../nbs/11_match.ipynb #9b039817
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .features import BadInput, Features, resample
 
-# %% ../nbs/11_match.ipynb #f24d5833
+# %% ../nbs/11_match.ipynb #6caedad1
 class Match:
     "How one teacher and a student agree, summed up over batches."
     def __init__(self):
@@ -46,20 +46,22 @@ class Match:
         return {'explained': 1 - self.squared_error/varied, 'mse': self.squared_error/(self.places*len(self.sum)),
                 'cosine': self.cosine/self.places, 'summary_cosine': self.summary_cosine/self.images}
 
-# %% ../nbs/11_match.ipynb #bab300be
+# %% ../nbs/11_match.ipynb #2a782b57
 def teacher_match(
-    student:Callable[[Tensor], dict[str, Features]],  # images in [0, 1] to features in the teachers' spaces
+    students:dict[str, Callable[[Tensor], dict[str, Features]]], # from images in [0, 1] to features in the teachers' spaces
     teachers:dict[str, Callable[[Tensor], Features]],
-    batches:Iterable[Tensor],                         # images (B, 3, H, W) in [0, 1]
-)->dict[str, dict[str, float]]:                       # for each teacher, see `Match.result`
-    "Judge a student by every teacher, in the teacher's own space and on its own grid."
-    matches = {name: Match() for name in teachers}
+    batches:Iterable[Tensor],                                    # images (B, 3, H, W) in [0, 1]
+)->dict[str, dict[str, dict[str, float]]]:                       # by student and teacher, see `Match.result`
+    "Judge students by every teacher, in the teacher's own space and on its own grid."
+    matches = {who: {name: Match() for name in teachers} for who in students}
     for images in batches:
-        with torch.inference_mode(): answers = student(images)
-        for name, teacher in teachers.items(): matches[name].update(answers[name], teacher(images))
-    return {name: match.result() for name, match in matches.items()}
+        said = {name: teacher(images) for name, teacher in teachers.items()}
+        for who, student in students.items():
+            with torch.inference_mode(): answers = student(images)
+            for name, features in said.items(): matches[who][name].update(answers[name], features)
+    return {who: {name: match.result() for name, match in by_teacher.items()} for who, by_teacher in matches.items()}
 
-# %% ../nbs/11_match.ipynb #c34347f3
+# %% ../nbs/11_match.ipynb #8c961afb
 class Constant:
     "The student that says the same of every image: its teachers' means over the training images."
     def __init__(self,
