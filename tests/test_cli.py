@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from radio_nb import cli
+from radio_nb.data import decode, open_images
 from radio_nb.student import Student
 
 
@@ -166,7 +167,8 @@ def test_bad_images_are_counted_and_reported(tmp_path):
     assert '4 images could not be used' in (tmp_path/'run'/'report.html').read_text()
 
 
-def test_parquet(tmp_path):
+@pytest.mark.parametrize('column', ['image', 'picture'])
+def test_parquet(tmp_path, column):
     from datasets import Dataset, Features, Value
     from datasets import Image as Column
     jpegs = []
@@ -174,8 +176,10 @@ def test_parquet(tmp_path):
         jpeg = io.BytesIO()
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)).save(jpeg, 'PNG')
         jpegs.append({'bytes': jpeg.getvalue(), 'path': None})
-    columns = Features({'label': Value('int64'), 'picture': Column()})
-    Dataset.from_dict({'label': range(6), 'picture': jpegs}, features=columns).to_parquet(tmp_path/'some.parquet')
+    columns = Features({'label': Value('int64'), column: Column()})
+    Dataset.from_dict({'label': range(6), column: jpegs}, features=columns).to_parquet(tmp_path/'some.parquet')
+    images = open_images(str(tmp_path/'some.parquet'))
+    assert images.column_names == ['image'] and decode(images[0]['image']).size == (32, 32)
     cli.main(['distill', *replaced('--images', tmp_path/'some.parquet'), '--hold-out', '2', '--out', str(tmp_path/'run')])
     assert (tmp_path/'run'/'report.html').exists()
 
