@@ -92,7 +92,7 @@ class NonFinite(BadInput):
 def check_finite(
     sums:Sums,       # of `rows`
     rows:Tensor,     # (n, C), looked at only if there is something to report
-    whose:'Moments', # whose features they are
+    whose:object,    # whose features they are, as the message shall call it
 ):
     "Raise `NonFinite` if a row holds NaN or infinity."
     if sums.mean.isfinite().all(): return
