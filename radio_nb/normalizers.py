@@ -100,7 +100,7 @@ def in_slices(
 
 # %% ../nbs/03_normalizers.ipynb #1dd03304
 class Normalizer(nn.Module):
-    "An invertible affine map of a teacher's features, $y' = W(y - \\mu)$, and its inverse (PHI-S, §3)."
+    "An invertible affine map of a teacher's features, $y' = W(y - \\mu)$, and its inverse (PHI-S)."
     def __init__(self,
         mean:Tensor,           # μ, () or (C,)
         weight:Tensor,         # W, (), (C,) or (C, C), see `multiply`

@@ -28,7 +28,7 @@ def random_windows(
     n:int, # how many, one for each image of a batch
     device:torch.device|None=None,
 )->tuple[Tensor, Tensor]: # corners (n, 2) and sizes (n, 2) of windows in the unit square, x before y
-    "Windows with scale from √0.1 to 1 and aspect from 3:4 to 4:3, anywhere they fit (AM-RADIO, §3.4)."
+    "Windows with scale from √0.1 to 1 and aspect from 3:4 to 4:3, anywhere they fit (AM-RADIO)."
     scale = torch.empty(n, device=device).uniform_(.1**.5, 1)
     aspect = torch.empty(n, device=device).uniform_(log(3/4), log(4/3)).exp()
     sizes = torch.stack([scale*aspect.sqrt(), scale/aspect.sqrt()], -1).clamp(max=1)
@@ -36,7 +36,7 @@ def random_windows(
 
 # %% ../nbs/08_student.ipynb #0bd3f952
 class CroppedPositions(nn.Module):
-    "Cropped position embedding (AM-RADIO, §3.4): a vector for every place of a grid of any size."
+    "Cropped position embedding (AM-RADIO): a vector for every place of a grid of any size."
     def __init__(self,
         dim:int,      # width of the tokens
         side:int=32,  # places along each side of the learned table
