@@ -7,7 +7,7 @@ __all__ = ['DEMO', 'header', 'explanation', 'readable', 'judge', 'students', 'ju
            'feature_maps', 'in_words', 'write_report', 'as_flags', 'expand', 'distill_command', 'show_finished',
            'say_result', 'evaluate_command', 'teacher_row', 'teachers_command', 'main']
 
-# %% ../nbs/17_cli.ipynb #87292908
+# %% ../nbs/17_cli.ipynb #165913de
 import json
 import sys
 import time
@@ -34,12 +34,12 @@ from .train import (Prepared, Progress, Recipe, Stopped, difference, distill, fi
                             new_student, prepare, read_recipe, recipe_toml, shrink)
 from .zoo import zoo_model
 
-# %% ../nbs/17_cli.ipynb #39d69666
+# %% ../nbs/17_cli.ipynb #0d1d2520
 DEMO = Recipe(images='zoo:photos', out='runs/demo', stem='zoo:efficientnet-lite0', depth=6,
               teachers=('zoo:efficientnet-lite0#160', 'zoo:efficientnet-lite2#160', 'zoo:u2netp#128'),
               size=160, head_width=512, steps=240, batch_size=8, statistics_steps=16, hold_out=8)
 
-# %% ../nbs/17_cli.ipynb #e24c85d2
+# %% ../nbs/17_cli.ipynb #6e545d80
 def readable(
     images:Dataset,
     skipped:dict[str, str], # gets the others, with the reason
@@ -55,7 +55,7 @@ def readable(
         raise BadInput(f'none of {len(images)} images can be read; the first: {path} {reason}')
     return images.select(good)
 
-# %% ../nbs/17_cli.ipynb #85b9ba63
+# %% ../nbs/17_cli.ipynb #d3bcdc77
 def judge(
     students:dict,       # by name, from images in [0, 1] to features by teacher
     ready:Prepared,
@@ -75,7 +75,7 @@ def judge(
     def at_its_size(student): return lambda images: student(shrink(images, size))
     return teacher_match({who: at_its_size(student) for who, student in students.items()}, ready.teachers, batches())
 
-# %% ../nbs/17_cli.ipynb #bff3c2b9
+# %% ../nbs/17_cli.ipynb #45a4bd8c
 def students(recipe:Recipe, ready:Prepared, out:Path)->dict:
     "The trained student and the two that it is compared with."
     trained = Student.from_pretrained(out).to(ready.device)
@@ -84,14 +84,15 @@ def students(recipe:Recipe, ready:Prepared, out:Path)->dict:
     return {'student': trained, 'untrained': fold_heads(untrained, normalizers),
             'constant': Constant(out/'statistics.safetensors', list(ready.teachers))}
 
-# %% ../nbs/17_cli.ipynb #d45247c4
+# %% ../nbs/17_cli.ipynb #6cd5b89f
 def judge_run(
     recipe:Recipe,
+    ready:Prepared,        # what the recipe names
     out:Path,              # the folder of a finished run
     crops_seen:int=64,     # how many new crops of the training images
 )->dict:                   # measures by set of images, student and teacher
     "Judge a finished run on new crops of its training images and on those held out, and write `match.json`."
-    ready, skipped = prepare(recipe), {}
+    skipped = {}
     sets = {'new crops': (Crops(ready.train, ready.size, recipe.seed + 1), crops_seen)}
     if recipe.hold_out:
         held = readable(ready.held, skipped)
@@ -101,7 +102,7 @@ def judge_run(
     (out/'match.json').write_text(json.dumps(match, indent=2))
     return match
 
-# %% ../nbs/17_cli.ipynb #68561e17
+# %% ../nbs/17_cli.ipynb #a2bb7b07
 header = ['teacher', 'judged on', 'explained', 'untrained', 'constant', 'grid cos', 'summary cos']
 
 def table_rows(
@@ -115,7 +116,7 @@ def table_rows(
             rows.append([name, what, student['explained'], *others, student['cosine'], student['summary_cosine']])
     return rows
 
-# %% ../nbs/17_cli.ipynb #fee032f6
+# %% ../nbs/17_cli.ipynb #35e832db
 def text_table(header:list[str], rows:list[list])->str:
     "A table for the terminal: words to the left, numbers to the right with three decimals."
     cells = [header, *([f'{v:.3f}' if isinstance(v, float) else str(v) for v in row] for row in rows)]
@@ -124,7 +125,7 @@ def text_table(header:list[str], rows:list[list])->str:
     lines = ['  '.join(c.ljust(w) if l else c.rjust(w) for c, w, l in zip(row, widths, left)) for row in cells]
     return '\n'.join([lines[0], '-'*len(lines[0]), *lines[1:]])
 
-# %% ../nbs/17_cli.ipynb #2bc4730c
+# %% ../nbs/17_cli.ipynb #3dfc9306
 def feature_maps(student, ready:Prepared, size:int, images:Dataset, n:int=6):
     "A sheet: one column for each image; its picture, then for every teacher a row of the teacher's map and one of the student's."
     crops = Crops(images, ready.size, crop=centre_crop, shuffle=False)
@@ -137,7 +138,7 @@ def feature_maps(student, ready:Prepared, size:int, images:Dataset, n:int=6):
         rows += [[tile(colours(grid)) for grid in spatial], [tile(colours(grid)) for grid in answers[name].spatial]]
     return sheet(rows)
 
-# %% ../nbs/17_cli.ipynb #f54491c1
+# %% ../nbs/17_cli.ipynb #2b1e3754
 def in_words(match:dict, recipe:Recipe, n_train:int)->str:
     "What the table says, for someone who has not read this book."
     seen = [m['explained'] for m in match['new crops']['student'].values()]
@@ -150,16 +151,15 @@ def in_words(match:dict, recipe:Recipe, n_train:int)->str:
         text += 'The gap between the two says that it has learned these images more than their world: it needs more of them.'
     return text
 
-# %% ../nbs/17_cli.ipynb #464cf1d8
+# %% ../nbs/17_cli.ipynb #8f325f9c
 explanation = ('Explained is the share of the variance of a teacher\'s grid of features that the student predicts, in the teacher\'s own '
                'space: 1 is perfect, and no constant gets above 0. Untrained is the same student before its first step; constant says '
                'the mean over the training images of everything. The cosines compare directions only, and are high for a constant '
                'too where a teacher\'s features have a large mean.')
 
-def write_report(recipe:Recipe, out:Path, match:dict)->Path:
+def write_report(recipe:Recipe, ready:Prepared, out:Path, match:dict)->Path:
     "Write `report.html`: table, loss curves, maps, skipped images, recipe."
-    ready, student = prepare(recipe), Student.from_pretrained(out)
-    student.to(ready.device)
+    student = Student.from_pretrained(out).to(ready.device)
     lines = [json.loads(line) for line in (out/'metrics.jsonl').open()]
     skipped = json.loads((out/'skipped.json').read_text()) if (out/'skipped.json').exists() else {}
     shown = readable(ready.held, {}) if recipe.hold_out else ready.train
@@ -177,7 +177,7 @@ def write_report(recipe:Recipe, out:Path, match:dict)->Path:
     (out/'report.html').write_text(page(f'Distillation of {len(ready.teachers)} teachers', blocks), encoding='utf-8')
     return out/'report.html'
 
-# %% ../nbs/17_cli.ipynb #685da95c
+# %% ../nbs/17_cli.ipynb #76e1df00
 def as_flags(values:dict)->list[str]:
     "The fields of a recipe as flags."
     flags = []
@@ -196,7 +196,7 @@ def expand(
         if flag.startswith('--recipe='): before = as_flags(read_recipe(Path(flag[9:])))
     return ['distill', *before, *args[1:]]
 
-# %% ../nbs/17_cli.ipynb #e5ec94c6
+# %% ../nbs/17_cli.ipynb #b38cbc0f
 def distill_command(
     recipe:tyro.conf.OmitArgPrefixes[Recipe],
     preset:tyro.conf.Positional[Literal['demo', '']]='',  # demo: packaged teachers and photographs, offline, in minutes
@@ -209,19 +209,21 @@ def distill_command(
     print(recipe_toml(recipe))
     begun = time.time()
     distill(recipe, resume)
-    match = judge_run(recipe, out)
-    report = write_report(recipe, out, match)
+    ready = prepare(recipe)
+    match = judge_run(recipe, ready, out)
+    report = write_report(recipe, ready, out, match)
     say_result(recipe, out, match)
     print(f'\nThis took {time.time() - begun:.0f} s. The report is {report}, the student {out/"student.safetensors"}.')
 
-# %% ../nbs/17_cli.ipynb #2c788d31
+# %% ../nbs/17_cli.ipynb #100d2e8b
 def show_finished(recipe:Recipe, out:Path):
     "Say that a run is finished and show its table; make what is missing after a kill at the very end."
     differs = difference(recipe, Recipe(**read_recipe(out/'recipe.toml')))
     if differs: raise BadInput(f'{out} holds a finished run with another recipe ({differs}): choose another --out')
     print(f'{out} holds this run, finished. To run it again choose another --out.\n')
-    match = json.loads((out/'match.json').read_text()) if (out/'match.json').exists() else judge_run(recipe, out)
-    if not (out/'report.html').exists(): write_report(recipe, out, match)
+    if not (out/'match.json').exists(): judge_run(recipe, prepare(recipe), out)
+    match = json.loads((out/'match.json').read_text())
+    if not (out/'report.html').exists(): write_report(recipe, prepare(recipe), out, match)
     say_result(recipe, out, match)
     print(f'\nThe report is {out/"report.html"}, the student {out/"student.safetensors"}.')
 
@@ -233,7 +235,7 @@ def say_result(recipe:Recipe, out:Path, match:dict):
     print(f'\n{len(skipped)} images were skipped; {next(iter(skipped))}: {next(iter(skipped.values()))}')
     if len(skipped) > 1: print(f'All of them are in {out/"skipped.json"} and in the report.')
 
-# %% ../nbs/17_cli.ipynb #f87cfb5f
+# %% ../nbs/17_cli.ipynb #3a362fb6
 def evaluate_command(
     run:tyro.conf.Positional[str],  # folder of a finished run
     images:str='',                  # folder, Parquet file or folder, hf:name, or zoo:photos
@@ -252,7 +254,7 @@ def evaluate_command(
     print(text_table([name for name in header if name != 'untrained'], table_rows(match)))
     for path, reason in skipped.items(): print(f'skipped {path}: {reason}')
 
-# %% ../nbs/17_cli.ipynb #b9a890cd
+# %% ../nbs/17_cli.ipynb #e5143818
 def teacher_row(spec:str)->list[str]:
     "A line of the list of teachers."
     parsed, listed = parse_spec(spec), TEACHERS[spec]
@@ -275,13 +277,13 @@ def _installed(zoo):
     try: return zoo.file().exists()
     except BadInput: return False
 
-# %% ../nbs/17_cli.ipynb #ea01f34f
+# %% ../nbs/17_cli.ipynb #7e9a3d45
 def teachers_command():
     "List teachers: width, image size, aim, licence, and whether the weights are on this machine."
     print(text_table(['teacher', 'width', 'size', 'aim', 'licence', 'here'], [teacher_row(spec) for spec in TEACHERS]))
     print("\nAny other timm:NAME or open_clip:NAME/TAG works too; NAME@FILE takes weights from a file, NAME@random none.")
 
-# %% ../nbs/17_cli.ipynb #3201f3f7
+# %% ../nbs/17_cli.ipynb #d24df580
 def main(args:list[str]|None=None):
     "The command `radio-nb`."
     disable_progress_bar()  # of datasets: what takes time here has its own

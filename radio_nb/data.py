@@ -6,7 +6,7 @@
 __all__ = ['SMALLEST', 'image_files', 'open_images', 'to_rgb', 'Unreadable', 'decode', 'random_box', 'random_crop', 'centre_crop',
            'Crops', 'Batch', 'image_batches', 'hold_out']
 
-# %% ../nbs/09_data.ipynb #39f2c150
+# %% ../nbs/09_data.ipynb #6f342cb6
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from math import exp, log
@@ -25,7 +25,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from .features import BadInput
 from .zoo import photographs
 
-# %% ../nbs/09_data.ipynb #9d612bf6
+# %% ../nbs/09_data.ipynb #75ac1985
 def image_files(
     folder:Path, # searched with all its subfolders
 )->list[str]:    # sorted
@@ -33,7 +33,7 @@ def image_files(
     endings = set(Image.registered_extensions())
     return sorted(str(path) for path in Path(folder).rglob('*') if path.suffix.lower() in endings and path.is_file())
 
-# %% ../nbs/09_data.ipynb #720154f1
+# %% ../nbs/09_data.ipynb #badab29a
 def _from_files(files):
     return Dataset.from_dict({'image': files}, features=Columns({'image': ImageColumn(decode=False)}))
 
@@ -45,7 +45,7 @@ def _only_images(dataset, source):
     if columns[0] != 'image': dataset = dataset.rename_column(columns[0], 'image')
     return dataset.cast_column('image', ImageColumn(decode=False))
 
-# %% ../nbs/09_data.ipynb #453b8d01
+# %% ../nbs/09_data.ipynb #f9e1fef9
 def open_images(
     source:str, # a folder, a Parquet file or folder, 'hf:name', 'hf:name:split' or 'zoo:photos'
 )->Dataset:     # one column `image`, undecoded
@@ -60,7 +60,7 @@ def open_images(
     if not files: raise BadInput(f'{source} holds neither an image nor a Parquet file')
     return _from_files(files)
 
-# %% ../nbs/09_data.ipynb #3d319e74
+# %% ../nbs/09_data.ipynb #d4a1481f
 def _from_hub(name, split):
     try: return _only_images(load_dataset(name, split=split or 'train'), f'hf:{name}')
     except BadInput: raise
@@ -68,7 +68,7 @@ def _from_hub(name, split):
         reason = (str(e).strip() or type(e).__name__).splitlines()[0][:160]
         raise BadInput(f'hf:{name} could not be loaded ({reason}). Without a network give a folder or a Parquet file') from e
 
-# %% ../nbs/09_data.ipynb #cc5d0aa9
+# %% ../nbs/09_data.ipynb #dbc29ee0
 def to_rgb(
     image:Image.Image, # as Pillow opened it
 )->Image.Image:        # 8 bits, three channels, upright
@@ -81,13 +81,13 @@ def to_rgb(
         return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
     return image.convert('RGB')
 
-# %% ../nbs/09_data.ipynb #58d304de
+# %% ../nbs/09_data.ipynb #46903b2a
 class Unreadable(Exception):
     "An image that cannot be used; the message says why."
 
 SMALLEST = 16  # pixels along the shorter side; below that a crop shows nothing
 
-# %% ../nbs/09_data.ipynb #fdd29d83
+# %% ../nbs/09_data.ipynb #c8d247c6
 def decode(
     row:dict,      # `{'path': …, 'bytes': …}`, an undecoded cell of `datasets`
 )->Image.Image:
@@ -100,7 +100,7 @@ def decode(
     if min(image.size) < SMALLEST: raise Unreadable(f'is only {image.width} × {image.height} pixels')
     return image
 
-# %% ../nbs/09_data.ipynb #cf87afd9
+# %% ../nbs/09_data.ipynb #69af190d
 def random_box(
     width:int,  # of the image, in pixels
     height:int,
@@ -114,7 +114,7 @@ def random_box(
     left, top = random.uniform(0, width - w), random.uniform(0, height - h)
     return left, top, left + w, top + h
 
-# %% ../nbs/09_data.ipynb #44824e71
+# %% ../nbs/09_data.ipynb #22efb2f1
 def random_crop(image:Image.Image, size:int, random:np.random.Generator)->Tensor: # (3, size, size) uint8
     "A random part of an image as a square of `size` pixels, mirrored half of the time."
     box = random_box(*image.size, random)
@@ -125,7 +125,7 @@ def centre_crop(image:Image.Image, size:int, random:np.random.Generator|None=Non
     "The largest square in the middle of an image, for evaluation."
     return pil_to_tensor(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR))
 
-# %% ../nbs/09_data.ipynb #99f51521
+# %% ../nbs/09_data.ipynb #d5b3fbd4
 class Crops:
     "The stream: `crops[position]` is a crop and what was skipped to get it."
     def __init__(self,
@@ -156,7 +156,7 @@ class Crops:
         path, reason = next(iter(skipped.items()))
         raise BadInput(f'none of {len(skipped)} images that were tried can be used; the first: {path} {reason}')
 
-# %% ../nbs/09_data.ipynb #7dbc6ced
+# %% ../nbs/09_data.ipynb #054867dd
 class Batch(NamedTuple):
     "Some crops of a stream."
     images: Tensor           # (B, 3, size, size) uint8
@@ -165,7 +165,7 @@ class Batch(NamedTuple):
 def _collate(items):
     return Batch(torch.stack([crop for crop, _ in items]), {path: why for _, skipped in items for path, why in skipped.items()})
 
-# %% ../nbs/09_data.ipynb #1c76de8f
+# %% ../nbs/09_data.ipynb #ac9c9abd
 def image_batches(
     crops:Crops,         # the stream
     batch_size:int,
@@ -177,7 +177,7 @@ def image_batches(
     positions = range(start*batch_size, steps*batch_size)
     return iter(DataLoader(crops, batch_size, sampler=positions, num_workers=workers, collate_fn=_collate))
 
-# %% ../nbs/09_data.ipynb #8f5e9e25
+# %% ../nbs/09_data.ipynb #a55d6b04
 def hold_out(
     images:Dataset,
     n:int,          # how many to keep from training

