@@ -5,23 +5,11 @@
 The second table holds ratios of times measured in one run; above 1 `fwht` is faster than `x @ H`.
 """
 import argparse
-import time
 
 import torch
+from timing import fastest
 
 from radio_nb.hadamard import fwht, hadamard, is_known_order, recipe
-
-
-def seconds(f, *args, device='cpu', repeats=7):
-    "The fastest of `repeats` runs, after one to warm up."
-    times = []
-    for _ in range(repeats + 1):
-        if device == 'cuda': torch.cuda.synchronize()
-        start = time.perf_counter()
-        f(*args)
-        if device == 'cuda': torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
 
 
 def build(order):
@@ -46,14 +34,14 @@ torch.set_num_threads(args.threads)
 dtype = getattr(torch, args.dtype)
 
 print(f'torch {torch.__version__}, {args.threads} thread(s), {args.device}, {args.dtype}\n')
-print(f'is_known_order up to 2048: {1000*seconds(known_orders, repeats=3):.0f} ms')
+print(f'is_known_order up to 2048: {1000*fastest(known_orders, repeats=3):.0f} ms')
 for order in (768, 1024, 1280, 1536, 2048, 4096, 6144, 8192):
-    print(f'hadamard({order}): {1000*seconds(build, order, repeats=3):.0f} ms')
+    print(f'hadamard({order}): {1000*fastest(build, order, repeats=3):.0f} ms')
 
 print('\n width   rows   dense (ms)   times faster with fwht')
 for width in (2**e for e in range(4, 14)):
     x = torch.randn(args.numbers//width, width, device=args.device, dtype=dtype)
     h = hadamard(width).to(x)
-    dense = seconds(torch.matmul, x, h, device=args.device)
-    fast = seconds(fwht, x, device=args.device)
+    dense = fastest(torch.matmul, x, h)
+    fast = fastest(fwht, x)
     print(f'{width:6d} {len(x):6d} {1000*dense:12.2f} {dense/fast:12.2f}')

@@ -59,7 +59,7 @@ def join(
     return Sums(n, a.mean + delta*(b.count/n), m2)
 
 # %% ../nbs/02_moments.ipynb #c08d7572
-CHUNK = 2**22  # how many numbers are held in float64 at a time
+CHUNK = 2**21  # how many numbers are held in float64 at a time
 
 # %% ../nbs/02_moments.ipynb #de521382
 def sums_in_chunks(

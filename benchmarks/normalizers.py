@@ -1,0 +1,55 @@
+"""What statistics and PHI-S cost beside the one matrix product that each cannot do without.
+
+    python benchmarks/normalizers.py [--rows 100000] [--threads 2] [--device cpu]
+
+A ratio is of the fastest of nine runs each, taken in turns. The bare product of `Moments.update` gets its vectors in
+float64 already, so the conversion, the mean and the subtraction are ours to pay.
+"""
+import argparse
+
+import torch
+from timing import fastest, ratio, report
+
+from radio_nb.hadamard import hadamard, recipe
+from radio_nb.moments import Moments
+from radio_nb.normalizers import fit_normalizer
+import radio_nb.phi_s  # noqa: F401  registers phi-s
+
+WIDTHS = 192, 768, 1280
+
+
+def features(rows, width, device):
+    "Vectors with a mean and correlated channels, as a teacher's are."
+    torch.manual_seed(0)
+    return torch.randn(rows, width, device=device) @ torch.randn(width, width, device=device)/width**.5 + 1
+
+
+def build(order):
+    "`hadamard(order)`, with its recipe searched for anew."
+    recipe.cache_clear()
+    return hadamard(order)
+
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument('--rows', type=int, default=100_000)
+parser.add_argument('--threads', type=int, default=torch.get_num_threads())
+parser.add_argument('--device', default='cpu')
+args = parser.parse_args()
+torch.set_num_threads(args.threads)
+print(f'torch {torch.__version__}, {args.threads} thread(s), {args.device}, {args.rows} rows\n')
+
+for width in WIDTHS:
+    x = features(args.rows, width, args.device)
+    exact = x.double()
+    cost = ratio(lambda: Moments(width).update(x), lambda: exact.T @ exact)
+    report(f'Moments.update against x.T @ x in float64, width {width}', cost, 1.5)
+    del exact
+
+for width in WIDTHS:
+    x = features(args.rows, width, args.device)
+    phi_s = fit_normalizer('phi-s', Moments(width).update(x)).to(args.device)
+    weight = phi_s.weight.T.contiguous()
+    cost = ratio(lambda: phi_s(x), lambda: x @ weight)
+    report(f'PHI-S against x @ W in float32, width {width}', cost, 1.15)
+
+print(f'hadamard(4096): {1000*fastest(build, 4096, repeats=3):.0f} ms (target ≤ 1000)')
