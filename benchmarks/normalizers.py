@@ -10,10 +10,10 @@ import argparse
 import torch
 from timing import fastest, ratio, report
 
+import radio_nb.phi_s  # noqa: F401  registers phi-s
 from radio_nb.hadamard import hadamard, recipe
 from radio_nb.moments import Moments
 from radio_nb.normalizers import fit_normalizer
-import radio_nb.phi_s  # noqa: F401  registers phi-s
 
 WIDTHS = 192, 768, 1280
 
@@ -30,6 +30,19 @@ def build(order):
     return hadamard(order)
 
 
+def update_cost(x):
+    "`Moments.update` against `x.T @ x` of vectors that are float64 already."
+    exact = x.double()
+    return ratio(lambda: Moments(x.shape[1]).update(x), lambda: exact.T @ exact)
+
+
+def phi_s_cost(x):
+    "PHI-S against the product with a matrix of its size."
+    phi_s = fit_normalizer('phi-s', Moments(x.shape[1]).update(x)).to(x.device)
+    weight = phi_s.weight.T.contiguous()
+    return ratio(lambda: phi_s(x), lambda: x @ weight)
+
+
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('--rows', type=int, default=100_000)
 parser.add_argument('--threads', type=int, default=torch.get_num_threads())
@@ -39,17 +52,9 @@ torch.set_num_threads(args.threads)
 print(f'torch {torch.__version__}, {args.threads} thread(s), {args.device}, {args.rows} rows\n')
 
 for width in WIDTHS:
-    x = features(args.rows, width, args.device)
-    exact = x.double()
-    cost = ratio(lambda: Moments(width).update(x), lambda: exact.T @ exact)
+    cost = update_cost(features(args.rows, width, args.device))
     report(f'Moments.update against x.T @ x in float64, width {width}', cost, 1.5)
-    del exact
-
 for width in WIDTHS:
-    x = features(args.rows, width, args.device)
-    phi_s = fit_normalizer('phi-s', Moments(width).update(x)).to(args.device)
-    weight = phi_s.weight.T.contiguous()
-    cost = ratio(lambda: phi_s(x), lambda: x @ weight)
+    cost = phi_s_cost(features(args.rows, width, args.device))
     report(f'PHI-S against x @ W in float32, width {width}', cost, 1.15)
-
 print(f'hadamard(4096): {1000*fastest(build, 4096, repeats=3):.0f} ms (target ≤ 1000)')
