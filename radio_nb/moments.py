@@ -50,7 +50,7 @@ def float64_home(
 def join(
     a:Sums, # of one set
     b:Sums, # of another, on any device
-)->Sums:    # of both together, on the device of `a`; neither is changed
+)->Sums:    # of both together, on the device of `a`, or of `b` where `a` is empty; neither is changed
     "Chan's pairwise update: $M = M_a + M_b + \\delta\\delta^T n_a n_b/n$."
     if not b.count: return a
     if not a.count: return b
@@ -94,9 +94,10 @@ def check_finite(
     rows:Tensor,     # (n, C), looked at only if there is something to report
     whose:object,    # whose features they are, as the message shall call it
 ):
-    "Raise `NonFinite` if a row holds NaN or infinity."
-    if sums.mean.isfinite().all(): return
+    "Raise `NonFinite` if a row holds NaN or infinity, or if float64 cannot hold the sums."
+    if sums.mean.isfinite().all() and sums.m2.diagonal().isfinite().all(): return
     bad = (~rows.isfinite()).any(1).sum().item()
+    if not bad: raise NonFinite(f'{whose}: finite, but too large for sums of squares in float64')
     raise NonFinite(f'{whose}: NaN or infinity in {bad} of {len(rows)} vectors of {rows.dtype}; '
                     'run that model in bfloat16 or float32, or mask these vectors out')
 

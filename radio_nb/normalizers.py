@@ -129,13 +129,13 @@ class Normalizer(nn.Module):
         linear:nn.Linear, # the last layer of a head that predicts normalized features
     )->nn.Linear:         # a new layer, of the same dtype and device, that predicts the teacher's own
         "$W_{out} = \\Theta W'$ and $b_{out} = \\Theta b' + \\mu$, so that the inverse costs nothing."
-        theta, mean = (t.double().to(linear.weight.device) for t in (self.inverse_weight, self.mean))
+        theta, mean, weight = (t.cpu().double() for t in (self.inverse_weight, self.mean, linear.weight))
         if theta.ndim and len(theta) != linear.out_features:
             raise BadInput(f'a normalizer of width {len(theta)} cannot be folded into {linear}')
-        bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias
+        bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias.cpu()
         folded = nn.Linear(linear.in_features, linear.out_features).to(linear.weight)
-        folded.weight.copy_(multiply(theta, linear.weight.double().T).T)
-        folded.bias.copy_(multiply(theta, bias.double().to(theta.device)) + mean)
+        folded.weight.copy_(multiply(theta, weight.T).T.to(folded.weight.dtype))   # not every device knows float64
+        folded.bias.copy_((multiply(theta, bias.double()) + mean).to(folded.bias.dtype))
         return folded
 
     @classmethod
@@ -144,8 +144,8 @@ class Normalizer(nn.Module):
         dim:int,  # C, the width of the teacher's features
     )->'Normalizer':
         "The identity, with buffers of the shapes that `kind` has, to load a `state_dict` into."
-        fitter(kind)
-        axes = {'none': 0, 'global': 0, 'standardize': 1}.get(kind, 2)
+        fitter(kind)   # raises if there is no such kind
+        axes = {'none': 0, 'global': 0, 'standardize': 1}.get(kind, 2)   # all others have a matrix, chapter 04's too
         one = torch.eye(dim) if axes == 2 else torch.ones((dim,)*axes)
         return cls(torch.zeros((dim,)*min(axes, 1)), one, one.clone())
 

@@ -99,6 +99,19 @@ def test_the_prime_powers_have_no_stray_products(q):
     assert torch.equal(rows @ rows.T, q*torch.eye(q) - 1) and not rows.sum(1).any()
 
 
+@pytest.mark.parametrize('name', CONSTRUCTIONS)
+def test_a_construction_refuses_what_it_cannot_build(name):
+    for n in range(-4, 260):
+        try: h = CONSTRUCTIONS[name](n)
+        except HadamardError: assert n < 1 or construction(n) != name
+        else: assert h.shape == (n, n) and exact(h), n
+
+
+@pytest.mark.parametrize('q', [-3, 0, 1, 2, 4, 8, 15, 35])
+def test_the_table_of_squares_needs_an_odd_prime_power(q):
+    with pytest.raises(HadamardError, match=f'an odd prime power, not {q}'): jacobsthal(q)
+
+
 def test_two_calls_do_not_share_memory():
     for n in (8, 12, 24, 92):
         hadamard(n).zero_()

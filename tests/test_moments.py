@@ -60,6 +60,15 @@ def test_one_bad_value_changes_nothing(seed, bad, row):
     for name, value in found.state_dict().items(): assert_close(value, before[name], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize('large', [1e160, 1e308])
+def test_float64_features_whose_sums_overflow_are_refused(large):
+    found = Moments(2, 'sam').update(torch.randn(9, 2))
+    before = found.state_dict()
+    with pytest.raises(NonFinite, match='sam of width 2: finite, but too large'):
+        found.update(torch.tensor([[0., large], [0., -large], [1., large]], dtype=torch.float64))
+    for name, value in found.state_dict().items(): assert_close(value, before[name], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize('chunk', [1, 7, 64, 10_000])
 def test_the_size_of_a_chunk_does_not_matter(monkeypatch, chunk):
     x = torch.randn(333, 4, generator=torch.Generator().manual_seed(0)) + 100
