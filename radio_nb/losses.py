@@ -117,7 +117,7 @@ def spatial_loss(
 
 # %% ../nbs/05_losses.ipynb #0eb5bfe5
 class Method(NamedTuple):
-    "A row of the PHI-S study: what is done to the target, and how the difference is measured; add your own to `METHODS`."
+    "What is done to the target, and how the difference is measured; `METHODS` is open to more than the study's ten."
     normalizer: str  # a key of `radio_nb.normalizers.KINDS`, for the teacher's spatial features
     spatial: str     # a key of `SPATIAL_LOSSES`
 
