@@ -43,7 +43,6 @@ def _comparable(
     raise ValueError(f'{what}: the student gives {tuple(x.shape)} and the teacher {tuple(y.shape)}; '
                      f'images and channels (first and last) must agree')
 
-# %% ../nbs/05_losses.ipynb #24ac479e
 def summary_loss(
     x:Tensor,  # the student's summaries, after its head for this teacher, (B, C)
     y:Tensor,  # the teacher's, (B, C)
@@ -88,7 +87,7 @@ def same_grid(
     mask:Tensor,        # which of the teacher's places count, (B, H, W), bool
     grid:str='larger',  # where to meet: 'larger' of the two in each direction (AM-RADIO) or 'student' (PHI-S study)
 )->tuple[Tensor, Tensor, Tensor]: # `x`, `y` and `mask` on that grid
-    "Bring both to one grid; a place counts there if all it was interpolated from counts."
+    "Bring both to one grid; a place counts there if all of the teacher's it was interpolated from do."
     if grid not in GRIDS: raise unknown('grid', grid, list(GRIDS))
     size = tuple(x.shape[1:3])
     if grid == 'larger': size = tuple(map(max, size, y.shape[1:3]))
@@ -110,7 +109,7 @@ def spatial_loss(
     x, y = _full(x), _full(y)
     if mask is None: mask = torch.ones_like(y[..., 0], dtype=torch.bool)
     if mask.shape != y.shape[:-1] or mask.dtype != torch.bool:
-        raise ValueError(f'mask: {tuple(mask.shape)} of {mask.dtype}; needed is a bool for each place of the teacher, '
+        raise ValueError(f'mask: {tuple(mask.shape)} of {mask.dtype}; expected a bool for each place of the teacher, '
                          f'{tuple(y.shape[:-1])}')
     x, y, mask = same_grid(x, y.masked_fill(~mask[..., None], 0), mask, grid)
     loss = SPATIAL_LOSSES[kind](x, y).masked_fill(~mask, 0)
@@ -118,7 +117,7 @@ def spatial_loss(
 
 # %% ../nbs/05_losses.ipynb #0eb5bfe5
 class Method(NamedTuple):
-    "A row of the PHI-S study: what is done to the target, and how the difference is measured."
+    "What is done to the target, and how the difference is measured; `METHODS` is open to more than the study's ten."
     normalizer: str  # a key of `radio_nb.normalizers.KINDS`, for the teacher's spatial features
     spatial: str     # a key of `SPATIAL_LOSSES`
 
@@ -149,13 +148,13 @@ def _stack(
     missing = next(iter(terms.values())).new_full((), float('nan'))
     return torch.stack([terms.get(name, missing) for name in names])
 
-# %% ../nbs/05_losses.ipynb #3f9c1553
 class AdaLoss(nn.Module):
     "Divide each term by its own exponential moving average (AM-RADIO and PHI-S, AdaLoss)."
     def __init__(self,
         names:list[str],     # the terms
-        momentum:float=.99,  # of the averages, for each step
+        momentum:float=.99,  # of the averages, for each step; between 0 and 1
     ):
+        if not 0 < momentum < 1: raise ValueError(f'momentum must lie between 0 and 1, got {momentum}')
         super().__init__()
         self.names, self.momentum = sorted(names), momentum   # sorted: a resumed run may list its teachers otherwise
         self.register_buffer('average', torch.zeros(len(names)))
@@ -167,8 +166,8 @@ class AdaLoss(nn.Module):
         "The terms over their averages, which move in training mode only."
         losses = _stack(self.names, terms)
         if self.training: self.average, self.steps = ema_step(self.average, self.steps, losses, self.momentum)
-        ratios = losses/self.average.clamp_min(torch.finfo(torch.float32).tiny)
-        return {name: ratio for name, ratio in zip(self.names, ratios) if name in terms}
+        average = torch.where(self.steps > 0, self.average.clamp_min(torch.finfo(torch.float32).tiny), 1)
+        return {name: ratio for name, ratio in zip(self.names, losses/average) if name in terms}
 
 # %% ../nbs/05_losses.ipynb #88570e64
 class UncertaintyWeights(nn.Module):
@@ -207,7 +206,7 @@ def teacher_losses(
 class MultiTeacherLoss(nn.Module):
     "The weighted sum of every teacher's summary and spatial losses."
     def __init__(self,
-        method:str,                        # a key of `METHODS`
+        method:str,                        # a key of `METHODS`, of which only the measure is used: normalize before
         summary_weights:dict[str, float],  # by teacher, 0 to leave the summary out
         spatial_weights:dict[str, float],  # the same teachers, 0 to leave the grid out
         balance:str='fixed',               # a key of `BALANCES`

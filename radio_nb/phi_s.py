@@ -87,4 +87,5 @@ def fit_hca(
     return Q/std @ U.T, U*std @ Q.T
 
 # %% ../nbs/04_phi_s.ipynb #c27dc619
+# an import with an effect: `fit_normalizer` knows the two only once this module has been imported
 KINDS |= {'hca': fit_hca, 'phi-s': fit_phi_s}

@@ -93,9 +93,9 @@ def test_errors_name_the_thing():
     with pytest.raises(ValueError, match=r'spatial features: the student gives \(2, 2, 2, 4\) and the teacher'):
         spatial_loss(x, y)
     with pytest.raises(ValueError, match='summary: the student gives'): summary_loss(x[:, 0, 0], y[:1, 0, 0, :4])
-    with pytest.raises(ValueError, match=r'mask: \(2, 4\) of torch.bool; needed is a bool for each place'):
+    with pytest.raises(ValueError, match=r'mask: \(2, 4\) of torch.bool; expected a bool for each place'):
         spatial_loss(x, x, mask=torch.ones(2, 4, dtype=torch.bool))
-    with pytest.raises(ValueError, match='of torch.float32; needed is a bool'):
+    with pytest.raises(ValueError, match='of torch.float32; expected a bool'):
         spatial_loss(x, x, mask=torch.ones(2, 2, 2))
     with pytest.raises(BadInput, match="unknown spatial loss 'l1'"): spatial_loss(x, x, 'l1')
     with pytest.raises(BadInput, match="unknown balance 'adaloss': did you mean ada"):
@@ -165,6 +165,15 @@ def test_ada_in_evaluation_and_with_accumulated_gradients():
     before = ada.eval().average.clone()
     assert_close(ada({'a': 2*x.sum()})['a'], 4/before[0])
     assert torch.equal(ada.average, before) and second.isfinite()
+
+
+def test_ada_before_its_first_average_and_with_no_momentum():
+    ada = AdaLoss(['a', 'b'])
+    ada({'a': torch.tensor(4.)})
+    balanced = ada.eval()({'a': torch.tensor(2.), 'b': torch.tensor(3.)})   # b has no average yet
+    assert_close(balanced, {'a': torch.tensor(.5), 'b': torch.tensor(3.)})
+    for momentum in (0, 1, -.5):
+        with pytest.raises(ValueError, match='momentum must lie between 0 and 1'): AdaLoss(['a'], momentum)
 
 
 def test_a_missing_term_leaves_uncertainty_finite():
