@@ -7,9 +7,9 @@ __all__ = ['MOST_BITS', 'EntropyModel', 'water_filling', 'gaussian_bits', 'Stack
            'through_channel', 'rate_distortion_loss', 'fit_modules', 'Point', 'measure_modules', 'Bottleneck',
            'soft_label_loss', 'Said', 'mean_square_error', 'ControlledFlowLoss']
 
-# %% ../nbs/06_information.ipynb #b1b86146
+# %% ../nbs/06_information.ipynb #c9f3f585
 from collections.abc import Callable
-from math import expm1, log
+from math import log
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .features import BadInput, unknown
 
-# %% ../nbs/06_information.ipynb #b6145217
+# %% ../nbs/06_information.ipynb #fdb53ae6
 class EntropyModel(nn.Module):
     "A learned density for each channel, of any shape (Ballé et al. 2017): what a code costs in bits."
     def __init__(self,
@@ -55,7 +55,7 @@ class EntropyModel(nn.Module):
         with torch.autocast(y.device.type, enabled=False):
             return _capped(_log_mass(self.logits(rows + .5), self.logits(rows - .5))/-log(2)).view(y.shape)
 
-# %% ../nbs/06_information.ipynb #1c1dd9b1
+# %% ../nbs/06_information.ipynb #f85a107a
 MOST_BITS = -log(1e-9)/log(2)  # what an element may cost
 
 def _log_mass(upper, lower):
@@ -64,7 +64,7 @@ def _log_mass(upper, lower):
 
 def _capped(bits): return bits + (bits.clamp(max=MOST_BITS) - bits).detach()
 
-# %% ../nbs/06_information.ipynb #379de071
+# %% ../nbs/06_information.ipynb #e4e62c01
 def water_filling(
     eigenvalues:Tensor, # of the covariance of the embedding, (C,)
     level:float|Tensor, # of the water, the error allowed in each direction, 1/2R
@@ -84,7 +84,7 @@ def gaussian_bits(
         low, high = (level, high) if water_filling(eigenvalues, level)[0] < distortion else (low, level)
     return water_filling(eigenvalues, high)[1].item()
 
-# %% ../nbs/06_information.ipynb #3d12eb47
+# %% ../nbs/06_information.ipynb #7ac2177e
 class Stacked(nn.Module):
     "`n` linear layers side by side: (n, B, n_in) to (n, B, n_out)."
     def __init__(self, n:int, n_in:int, n_out:int):
@@ -95,16 +95,17 @@ class Stacked(nn.Module):
     def forward(self, x): return torch.baddbmm(self.bias, x, self.weight)
 
 class Bent(nn.Module):
-    "`n` maps that begin as the identity, each a matrix and beside it a layer of `hidden` units."
-    def __init__(self, n:int, dim:int, hidden:int):
+    "`n` maps that begin as a given matrix; beside it each has a layer of `hidden` units."
+    def __init__(self, n:int, start:Tensor, hidden:int): # start: (n_in, n_out)
         super().__init__()
-        self.straight, self.into, self.out = Stacked(n, dim, dim), Stacked(n, dim, hidden), Stacked(n, hidden, dim)
-        with torch.no_grad(): self.straight.weight.copy_(torch.eye(dim).expand(n, -1, -1))
+        n_in, n_out = start.shape
+        self.straight, self.into, self.out = Stacked(n, n_in, n_out), Stacked(n, n_in, hidden), Stacked(n, hidden, n_out)
+        with torch.no_grad(): self.straight.weight.copy_(start.expand(n, -1, -1))
         nn.init.zeros_(self.out.weight)
 
     def forward(self, x): return self.straight(x) + self.out(F.gelu(self.into(x)))
 
-# %% ../nbs/06_information.ipynb #1d18f2d1
+# %% ../nbs/06_information.ipynb #0bbaff3d
 class Coded(NamedTuple):
     "What `n` modules make of a batch of embeddings."
     reconstruction: Tensor      # (n, ..., dim)
@@ -118,29 +119,41 @@ class RateDistortion(nn.Module):
         *rates:float,   # R of every module: how many nats it may spend to lower the squared error by 1
         hidden:int=512, # width inside encoder and decoder
         classes:int=0,  # classes of a linear head on the reconstruction; 0 for none
+        basis:Tensor|None=None, # orthonormal columns to begin with, one for each channel of the code, (dim, code)
     ):
         super().__init__()
         if not rates or min(rates) <= 0: raise BadInput(f'a rate–distortion module needs a rate R above 0, not {list(rates)}')
-        n = len(rates)
+        n, basis = len(rates), torch.eye(dim) if basis is None else basis.float()
         self.register_buffer('rates', torch.tensor(rates, dtype=torch.float32))
         self.register_buffer('gain', (self.rates/6).sqrt()[:, None, None])
-        self.encoder, self.decoder = Bent(n, dim, hidden), Bent(n, dim, hidden)
-        self.density = EntropyModel(n*dim, (10*self.gain.clamp(min=.1)).flatten().repeat_interleave(dim))
+        self.encoder, self.decoder = Bent(n, basis, hidden), Bent(n, basis.T, hidden)
+        self.density = EntropyModel(n*basis.shape[1], (10*self.gain.clamp(min=.1)).flatten().repeat_interleave(basis.shape[1]))
         self.classifier = Stacked(n, dim, classes) if classes else None
+
+    def encode(self,
+        x:Tensor, # embeddings, (..., dim)
+    )->Tensor:    # the code, noisy in training and rounded in evaluation, (n, B, dim)
+        "Encoder and channel."
+        rows = x.reshape(-1, x.shape[-1])
+        return through_channel(self.gain*self.encoder(rows.expand(len(self.rates), -1, -1)), self.training)
+
+    def decode(self,
+        code:Tensor, # (n, B, dim)
+    )->Tensor:       # reconstructions, (n, B, dim)
+        "The decoder."
+        return self.decoder(code/self.gain)
 
     def forward(self,
         x:Tensor, # embeddings, (..., dim)
     )->Coded:     # of every module
-        "Through encoder, channel and decoder; the channel adds noise in training and rounds in evaluation."
-        rows, n = x.reshape(-1, x.shape[-1]), len(self.rates)
-        code = through_channel(self.gain*self.encoder(rows.expand(n, -1, -1)), self.training)
-        bits = self.density.bits(code.movedim(0, 1).flatten(1)).unflatten(1, (n, -1)).sum(-1).T
-        said = self.decoder(code/self.gain)
-        shape = n, *x.shape[:-1]
+        "Through encoder, channel and decoder."
+        code, shape = self.encode(x), (len(self.rates), *x.shape[:-1])
+        said = self.decode(code)
+        bits = self.density.bits(code.movedim(0, 1).flatten(1)).unflatten(1, (len(code), -1)).sum(-1).T
         logits = None if self.classifier is None else self.classifier(said).view(*shape, -1)
         return Coded(said.view(*shape, -1), bits.view(shape), logits)
 
-# %% ../nbs/06_information.ipynb #6c7e911e
+# %% ../nbs/06_information.ipynb #ef20dcab
 def through_channel(
     code:Tensor,    # of any shape
     training:bool,  # noise if true, else rounding
@@ -148,7 +161,7 @@ def through_channel(
     "$y + z$ with $z$ uniform in $[-\\frac12, \\frac12]$, or $y$ rounded."
     return code + torch.rand_like(code) - .5 if training else code.round()
 
-# %% ../nbs/06_information.ipynb #f586221b
+# %% ../nbs/06_information.ipynb #a95e03f9
 def rate_distortion_loss(
     modules:RateDistortion,
     x:Tensor,                        # embeddings, (B, dim)
@@ -159,7 +172,7 @@ def rate_distortion_loss(
     errors = distance(coded.reconstruction, x.expand_as(coded.reconstruction), reduction='none').sum(-1)
     return (modules.rates*errors.flatten(1).mean(1)) + log(2)*coded.bits.flatten(1).mean(1)
 
-# %% ../nbs/06_information.ipynb #8f54837c
+# %% ../nbs/06_information.ipynb #93e5c29a
 def fit_modules(
     modules:RateDistortion,          # trained in place; in evaluation mode afterwards
     x:Tensor,                        # embeddings, normalized, (n, dim)
@@ -191,7 +204,7 @@ def fit_modules(
     torch.random.set_rng_state(cpu)
     return modules.eval()
 
-# %% ../nbs/06_information.ipynb #5843b3fc
+# %% ../nbs/06_information.ipynb #607ba818
 class Point(NamedTuple):
     "What a module achieves."
     rate: float        # its R
@@ -214,7 +227,7 @@ def measure_modules(
     modules.train(training)
     return [Point(*values) for values in zip(modules.rates.tolist(), (bits/len(x)).tolist(), (errors/len(x)).tolist())]
 
-# %% ../nbs/06_information.ipynb #c74880d6
+# %% ../nbs/06_information.ipynb #371b0ed9
 class Bottleneck(nn.Module):
     "Noise on a representation, and what that costs in bits (CIFD, IBM); in evaluation nothing at all."
     def __init__(self,
@@ -236,7 +249,7 @@ class Bottleneck(nn.Module):
         self.bits = self.density.bits(noisy).sum(-1)
         return noisy
 
-# %% ../nbs/06_information.ipynb #58173528
+# %% ../nbs/06_information.ipynb #c820db7a
 def soft_label_loss(
     student:Tensor,       # logits, (..., classes)
     source:Tensor,        # logits, (..., classes)
@@ -246,7 +259,7 @@ def soft_label_loss(
     student, source = ((logits.float()/temperature).log_softmax(-1).flatten(0, -2) for logits in (student, source))
     return temperature**2*F.kl_div(student, source, reduction='batchmean', log_target=True)
 
-# %% ../nbs/06_information.ipynb #326fa7a5
+# %% ../nbs/06_information.ipynb #f57fbc70
 class Said(NamedTuple):
     "What a student, a teacher or a module says of a batch."
     embedding: Tensor           # (B, ..., C)
@@ -256,7 +269,7 @@ def mean_square_error(x:Tensor, y:Tensor)->Tensor:
     "Squared error, averaged over everything."
     return F.mse_loss(x.float(), y.float())
 
-# %% ../nbs/06_information.ipynb #d408c570
+# %% ../nbs/06_information.ipynb #94aac11c
 class ControlledFlowLoss(nn.Module):
     "What a student is asked by its teacher, by the modules that blur the teacher, and by its own bottleneck (CIFD)."
     def __init__(self,
