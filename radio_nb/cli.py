@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'header', 'explanation', 'readable', 'judge', 'students', 'judge_run', 'table_rows', 'text_table',
-           'feature_maps', 'in_words', 'write_report', 'as_flags', 'expand', 'distill_command', 'show_finished',
-           'say_result', 'evaluate_command', 'teacher_row', 'teachers_command', 'main']
+           'feature_maps', 'in_words', 'information_blocks', 'write_report', 'as_flags', 'expand', 'distill_command',
+           'show_finished', 'say_result', 'evaluate_command', 'teacher_row', 'teachers_command', 'main']
 
-# %% ../nbs/17_cli.ipynb #165913de
+# %% ../nbs/17_cli.ipynb #8e3bcfdc
 import json
 import sys
 import time
@@ -27,19 +27,19 @@ from huggingface_hub import try_to_load_from_cache
 from .data import Crops, Unreadable, centre_crop, decode, image_batches, open_images
 from .features import BadInput
 from .match import Constant, teacher_match
-from .pictures import Colours, html_figure, html_image, html_table, loss_curves, page, sheet, tile
+from .pictures import Colours, html_figure, html_image, html_table, loss_curves, page, plain_curve, rate_curves, sheet, tile
 from .student import Student, fold_heads
 from .teachers import TEACHERS, parse_spec
 from .train import (Prepared, Progress, Recipe, Stopped, difference, distill, finished, load_normalizers,
                             new_student, prepare, read_recipe, recipe_toml, shrink)
 from .zoo import zoo_model
 
-# %% ../nbs/17_cli.ipynb #0d1d2520
+# %% ../nbs/17_cli.ipynb #b31e85a3
 DEMO = Recipe(images='zoo:photos', out='runs/demo', stem='zoo:efficientnet-lite0', depth=6,
               teachers=('zoo:efficientnet-lite0#160', 'zoo:efficientnet-lite2#160', 'zoo:u2netp#128'),
               size=160, head_width=512, steps=240, batch_size=8, statistics_steps=16, hold_out=8)
 
-# %% ../nbs/17_cli.ipynb #6e545d80
+# %% ../nbs/17_cli.ipynb #18dffc4d
 def readable(
     images:Dataset,
     skipped:dict[str, str], # gets the others, with the reason
@@ -55,7 +55,7 @@ def readable(
         raise BadInput(f'none of {len(images)} images can be read; the first: {path} {reason}')
     return images.select(good)
 
-# %% ../nbs/17_cli.ipynb #d3bcdc77
+# %% ../nbs/17_cli.ipynb #7e57f8d5
 def judge(
     students:dict,       # by name, from images in [0, 1] to features by teacher
     ready:Prepared,
@@ -75,7 +75,7 @@ def judge(
     def at_its_size(student): return lambda images: student(shrink(images, size))
     return teacher_match({who: at_its_size(student) for who, student in students.items()}, ready.teachers, batches())
 
-# %% ../nbs/17_cli.ipynb #45a4bd8c
+# %% ../nbs/17_cli.ipynb #aff6b0d5
 def students(recipe:Recipe, ready:Prepared, out:Path)->dict:
     "The trained student and the two that it is compared with."
     trained = Student.from_pretrained(out).to(ready.device)
@@ -84,7 +84,7 @@ def students(recipe:Recipe, ready:Prepared, out:Path)->dict:
     return {'student': trained, 'untrained': fold_heads(untrained, normalizers),
             'constant': Constant(out/'statistics.safetensors', list(ready.teachers))}
 
-# %% ../nbs/17_cli.ipynb #6cd5b89f
+# %% ../nbs/17_cli.ipynb #9c9ec989
 def judge_run(
     recipe:Recipe,
     ready:Prepared,        # what the recipe names
@@ -102,7 +102,7 @@ def judge_run(
     (out/'match.json').write_text(json.dumps(match, indent=2))
     return match
 
-# %% ../nbs/17_cli.ipynb #a2bb7b07
+# %% ../nbs/17_cli.ipynb #99a9a595
 header = ['teacher', 'judged on', 'explained', 'untrained', 'constant', 'grid cos', 'summary cos']
 
 def table_rows(
@@ -116,7 +116,7 @@ def table_rows(
             rows.append([name, what, student['explained'], *others, student['cosine'], student['summary_cosine']])
     return rows
 
-# %% ../nbs/17_cli.ipynb #35e832db
+# %% ../nbs/17_cli.ipynb #616937e1
 def text_table(header:list[str], rows:list[list])->str:
     "A table for the terminal: words to the left, numbers to the right with three decimals."
     cells = [header, *([f'{v:.3f}' if isinstance(v, float) else str(v) for v in row] for row in rows)]
@@ -125,7 +125,7 @@ def text_table(header:list[str], rows:list[list])->str:
     lines = ['  '.join(c.ljust(w) if l else c.rjust(w) for c, w, l in zip(row, widths, left)) for row in cells]
     return '\n'.join([lines[0], '-'*len(lines[0]), *lines[1:]])
 
-# %% ../nbs/17_cli.ipynb #3dfc9306
+# %% ../nbs/17_cli.ipynb #dd709aa4
 def feature_maps(student, ready:Prepared, size:int, images:Dataset, n:int=6):
     "A sheet: one column for each image; its picture, then for every teacher a row of the teacher's map and one of the student's."
     crops = Crops(images, ready.size, crop=centre_crop, shuffle=False)
@@ -138,7 +138,7 @@ def feature_maps(student, ready:Prepared, size:int, images:Dataset, n:int=6):
         rows += [[tile(colours(grid)) for grid in spatial], [tile(colours(grid)) for grid in answers[name].spatial]]
     return sheet(rows)
 
-# %% ../nbs/17_cli.ipynb #2b1e3754
+# %% ../nbs/17_cli.ipynb #a525bd33
 def in_words(match:dict, recipe:Recipe, n_train:int)->str:
     "What the table says, for someone who has not read this book."
     seen = [m['explained'] for m in match['new crops']['student'].values()]
@@ -151,7 +151,23 @@ def in_words(match:dict, recipe:Recipe, n_train:int)->str:
         text += 'The gap between the two says that it has learned these images more than their world: it needs more of them.'
     return text
 
-# %% ../nbs/17_cli.ipynb #8f325f9c
+# %% ../nbs/17_cli.ipynb #c77565a2
+def information_blocks(curves:dict, lines:list[dict])->list[str]:
+    "Sections of the report on rate–distortion modules and the bottleneck; `curves` is a run's `information.json`."
+    points = [(name, curve['width'], p) for name, curve in curves.items() for p in curve['points']]
+    rows = [[name, f'{p["rate"]:g}', p['bits'], p['bits']/width, p['distortion']/width, p['gaussian']] for name, width, p in points]
+    rates = dict.fromkeys(f'{p["rate"]:g}' for _, _, p in points)
+    blocks = ['<h2>Rate and distortion</h2>',
+              '<p>Each module writes what a teacher says of a place down in some bits, and reads it back with an error, here for vectors '
+              'that it was not trained on. Error 1 is that of saying nothing. The last column is what the best code would need for that '
+              'error if the features were Gaussian.</p>',
+              html_table(['teacher', 'R', 'bits of a place', 'bits of a channel', 'error of a channel', 'bits if Gaussian'], rows),
+              html_figure(rate_curves(curves))]
+    for rate in rates: blocks += [f'<h2>Losses towards the modules with R = {rate}</h2>', html_figure(loss_curves(lines, f'R={rate}'))]
+    if 'bits' in lines[0]: blocks += ["<h2>Bits of the student's vectors</h2>", html_figure(plain_curve(lines, 'bits', 'bits of a vector'))]
+    return blocks
+
+# %% ../nbs/17_cli.ipynb #f4da80b2
 explanation = ('Explained is the share of the variance of a teacher\'s grid of features that the student predicts, in the teacher\'s own '
                'space: 1 is perfect, and no constant gets above 0. Untrained is the same student before its first step; constant says '
                'the mean over the training images of everything. The cosines compare directions only, and are high for a constant '
@@ -167,6 +183,7 @@ def write_report(recipe:Recipe, ready:Prepared, out:Path, match:dict)->Path:
     blocks = [f'<p>{in_words(match, recipe, len(ready.train))}</p>', html_table(header, table_rows(match)), f'<p>{explanation}</p>',
               '<h2>Losses of the grids</h2>', html_figure(loss_curves(lines, 'spatial')),
               '<h2>Losses of the summaries</h2>', html_figure(loss_curves(lines, 'summary')),
+              *(information_blocks(json.loads((out/'information.json').read_text()), lines) if recipe.information else []),
               f'<h2>What they see in {"images held out" if recipe.hold_out else "training images"}</h2>',
               '<p>The three directions in which a teacher\'s features vary most, as red, green and blue; the student below in '
               'the same colours.</p>',
@@ -177,7 +194,7 @@ def write_report(recipe:Recipe, ready:Prepared, out:Path, match:dict)->Path:
     (out/'report.html').write_text(page(f'Distillation of {len(ready.teachers)} teachers', blocks), encoding='utf-8')
     return out/'report.html'
 
-# %% ../nbs/17_cli.ipynb #76e1df00
+# %% ../nbs/17_cli.ipynb #6b9b347f
 def as_flags(values:dict)->list[str]:
     "The fields of a recipe as flags."
     flags = []
@@ -196,7 +213,7 @@ def expand(
         if flag.startswith('--recipe='): before = as_flags(read_recipe(Path(flag[9:])))
     return ['distill', *before, *args[1:]]
 
-# %% ../nbs/17_cli.ipynb #b38cbc0f
+# %% ../nbs/17_cli.ipynb #75971068
 def distill_command(
     recipe:tyro.conf.OmitArgPrefixes[Recipe],
     preset:tyro.conf.Positional[Literal['demo', '']]='',  # demo: packaged teachers and photographs, offline, in minutes
@@ -215,7 +232,7 @@ def distill_command(
     say_result(recipe, out, match)
     print(f'\nThis took {time.time() - begun:.0f} s. The report is {report}, the student {out/"student.safetensors"}.')
 
-# %% ../nbs/17_cli.ipynb #100d2e8b
+# %% ../nbs/17_cli.ipynb #5f599469
 def show_finished(recipe:Recipe, out:Path):
     "Say that a run is finished and show its table; make what is missing after a kill at the very end."
     differs = difference(recipe, Recipe(**read_recipe(out/'recipe.toml')))
@@ -235,7 +252,7 @@ def say_result(recipe:Recipe, out:Path, match:dict):
     print(f'\n{len(skipped)} images were skipped; {next(iter(skipped))}: {next(iter(skipped.values()))}')
     if len(skipped) > 1: print(f'All of them are in {out/"skipped.json"} and in the report.')
 
-# %% ../nbs/17_cli.ipynb #3a362fb6
+# %% ../nbs/17_cli.ipynb #60a9ac7d
 def evaluate_command(
     run:tyro.conf.Positional[str],  # folder of a finished run
     images:str='',                  # folder, Parquet file or folder, hf:name, or zoo:photos
@@ -254,7 +271,7 @@ def evaluate_command(
     print(text_table([name for name in header if name != 'untrained'], table_rows(match)))
     for path, reason in skipped.items(): print(f'skipped {path}: {reason}')
 
-# %% ../nbs/17_cli.ipynb #e5143818
+# %% ../nbs/17_cli.ipynb #0467a665
 def teacher_row(spec:str)->list[str]:
     "A line of the list of teachers."
     parsed, listed = parse_spec(spec), TEACHERS[spec]
@@ -277,13 +294,13 @@ def _installed(zoo):
     try: return zoo.file().exists()
     except BadInput: return False
 
-# %% ../nbs/17_cli.ipynb #7e9a3d45
+# %% ../nbs/17_cli.ipynb #cb4b9d4c
 def teachers_command():
     "List teachers: width, image size, aim, licence, and whether the weights are on this machine."
     print(text_table(['teacher', 'width', 'size', 'aim', 'licence', 'here'], [teacher_row(spec) for spec in TEACHERS]))
     print("\nAny other timm:NAME or open_clip:NAME/TAG works too; NAME@FILE takes weights from a file, NAME@random none.")
 
-# %% ../nbs/17_cli.ipynb #d24df580
+# %% ../nbs/17_cli.ipynb #7fec9c08
 def main(args:list[str]|None=None):
     "The command `radio-nb`."
     disable_progress_bar()  # of datasets: what takes time here has its own

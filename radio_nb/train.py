@@ -9,7 +9,7 @@ __all__ = ['SAMPLE', 'Recipe', 'recipe_toml', 'read_recipe', 'difference', 'teac
            'check_folder', 'finished', 'take_statistics', 'fit_teacher', 'load_flow', 'load_normalizers',
            'start_trainer', 'metrics_file', 'distill']
 
-# %% ../nbs/10_train.ipynb #08ab6062
+# %% ../nbs/10_train.ipynb #126aa7c4
 import json
 import os
 import signal
@@ -46,7 +46,7 @@ from .teachers import Teacher, load_teacher, parse_spec
 if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
 
-# %% ../nbs/10_train.ipynb #5c3def8c
+# %% ../nbs/10_train.ipynb #760b105e
 @dataclass(frozen=True)
 class Recipe:
     "What to distil, and how."
@@ -83,7 +83,7 @@ class Recipe:
     checkpoint_every: int = 100         # steps between checkpoints
     keep: int = 2                       # how many checkpoints to keep
 
-# %% ../nbs/10_train.ipynb #92635e28
+# %% ../nbs/10_train.ipynb #55ea3212
 def recipe_toml(recipe:Recipe)->str:
     "A recipe as TOML."
     return tomli_w.dumps({key: list(value) if isinstance(value, tuple) else value for key, value in asdict(recipe).items()})
@@ -98,7 +98,7 @@ def read_recipe(path:Path)->dict:
         if key not in known: raise unknown(f'field in {path}', key, known)
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
-# %% ../nbs/10_train.ipynb #c8d876fb
+# %% ../nbs/10_train.ipynb #596aa924
 _may_differ = {'out', 'device', 'workers', 'checkpoint_every', 'keep'}
 
 def difference(
@@ -111,7 +111,7 @@ def difference(
         if mine != theirs and field.name not in _may_differ: return f'{field.name} is {mine!r} here and {theirs!r} there'
     return ''
 
-# %% ../nbs/10_train.ipynb #e1b708b0
+# %% ../nbs/10_train.ipynb #64ac8e37
 def teacher_names(
     specs:tuple[str, ...],
 )->dict[str, str]: # from short names to specs, in order
@@ -124,7 +124,7 @@ def teacher_names(
     names = [short(spec) for spec in specs]
     return {short if names.count(short) == 1 else spec: spec for short, spec in zip(names, specs)}
 
-# %% ../nbs/10_train.ipynb #bc3f620b
+# %% ../nbs/10_train.ipynb #bacfba13
 class Statistics(NamedTuple):
     "What is known of a teacher's features before training."
     spatial: Moments   # of its grid, over images and places
@@ -148,7 +148,7 @@ def measure(
             samples[name].append(rows[torch.randperm(len(rows), generator=chance)[:sample].to(rows.device)])
     return {name: Statistics(moments[name], directions[name]/seen, torch.cat(samples[name])) for name in teachers}
 
-# %% ../nbs/10_train.ipynb #9fe20b84
+# %% ../nbs/10_train.ipynb #33251d62
 def learning_rate(
     step:int,       # from 0
     recipe:Recipe,
@@ -158,7 +158,7 @@ def learning_rate(
     if done < warmup: return recipe.lr*done/warmup
     return recipe.lr*.5*(1 + cos(pi*(done - warmup)/(1 - warmup)))
 
-# %% ../nbs/10_train.ipynb #60fc4eee
+# %% ../nbs/10_train.ipynb #eadfa9c4
 def check_losses(step:int, parts:dict[str, dict[str, float]]):
     "Raise `BadInput` that names the teacher whose loss is not finite."
     for name, pair in parts.items():
@@ -166,7 +166,7 @@ def check_losses(step:int, parts:dict[str, dict[str, float]]):
             if not isfinite(value):
                 raise BadInput(f'step {step}: the {kind} loss of teacher {name} is {value}; try a lower lr, or leave this teacher out')
 
-# %% ../nbs/10_train.ipynb #6069086d
+# %% ../nbs/10_train.ipynb #d7604b39
 class Trainer:
     "A student, its teachers and all that changes while it learns."
     def __init__(self,
@@ -233,7 +233,7 @@ class Trainer:
         self.optimizer.load_state_dict(state['optimizer'])
         self.loss.load_state_dict(state['loss'])
 
-# %% ../nbs/10_train.ipynb #ba5908d6
+# %% ../nbs/10_train.ipynb #a7fcc8f4
 def shrink(images:Tensor, size:int)->Tensor:
     "Images as squares of `size` pixels."
     return images if images.shape[-1] == size else F.interpolate(images, (size, size), mode='bilinear', antialias=True)
@@ -245,7 +245,7 @@ def teacher_weights(recipe:Recipe, names:list[str])->tuple[dict[str, float], dic
         return dict(zip(names, weights or [1.]*len(names)))
     return by_name('summary_weights', recipe.summary_weights), by_name('spatial_weights', recipe.spatial_weights)
 
-# %% ../nbs/10_train.ipynb #7127bb9e
+# %% ../nbs/10_train.ipynb #c2e5fcb2
 def save_checkpoint(
     folder:Path,  # made if it is not there
     state:dict,   # with an entry 'step'
@@ -265,7 +265,7 @@ def load_checkpoint(folder:Path)->dict|None:
         try: return torch.load(path, weights_only=True, map_location='cpu')
         except Exception as e: print(f'{path} is damaged ({str(e).splitlines()[0][:80]}); trying the one before', file=sys.stderr)
 
-# %% ../nbs/10_train.ipynb #2a39f4b7
+# %% ../nbs/10_train.ipynb #d49ea403
 class Progress:
     "Shows a loop's rate and time left: a bar on a terminal, else a line every half minute and at the end."
     def __init__(self,
@@ -290,7 +290,7 @@ class Progress:
             left = time.strftime('%H:%M:%S', time.gmtime((self.total - step)/rate))
             print(f'{self.what} {step}/{self.total}  {rate:.2f}/s  {left} left  {note}', file=sys.stderr, flush=True)
 
-# %% ../nbs/10_train.ipynb #f95b16bd
+# %% ../nbs/10_train.ipynb #11913b8e
 class Stopped(Exception):
     "A run was asked to stop and has written a checkpoint; the message says how to go on."
 
@@ -305,7 +305,7 @@ def stop_flag():
     finally:
         for sig, handler in before.items(): signal.signal(sig, handler)
 
-# %% ../nbs/10_train.ipynb #38810720
+# %% ../nbs/10_train.ipynb #711073a1
 class Prepared(NamedTuple):
     "What a recipe names, loaded."
     teachers: dict[str, Teacher]
@@ -324,11 +324,13 @@ def prepare(recipe:Recipe)->Prepared:
     device = best_device(recipe.device)
     names = teacher_names(recipe.teachers)
     teacher_weights(recipe, list(names))
+    if len(set(recipe.information)) < len(recipe.information) or min(recipe.information, default=1) <= 0:
+        raise BadInput(f'information: the rates of the modules must be positive and different, not {list(recipe.information)}')
     train, held = hold_out(open_images(recipe.images), recipe.hold_out, recipe.seed)
     teachers = {name: load_teacher(spec, name=name).to(device) for name, spec in names.items()}
     return Prepared(teachers, train, held, max(recipe.size, *(t.size for t in teachers.values())), device)
 
-# %% ../nbs/10_train.ipynb #cb269cf2
+# %% ../nbs/10_train.ipynb #f11dce11
 def new_student(
     recipe:Recipe,
     widths:dict[str, tuple[int, int]], # of every teacher's summary and grid
@@ -340,7 +342,7 @@ def new_student(
     bottleneck = bool(recipe.information and recipe.bottleneck)
     return Student(recipe.student, widths, recipe.stem, recipe.head_width, depth=recipe.depth, bottleneck=bottleneck)
 
-# %% ../nbs/10_train.ipynb #96893020
+# %% ../nbs/10_train.ipynb #a34c2e38
 def check_folder(recipe:Recipe, resume:bool)->Path:
     "The folder of a run. Raises `BadInput` where it belongs to another run, or to something else."
     out = Path(recipe.out)
@@ -355,7 +357,7 @@ def finished(out:Path)->bool:
     "Whether a run folder holds a trained student."
     return (Path(out)/'student.safetensors').exists()
 
-# %% ../nbs/10_train.ipynb #7ec4c53d
+# %% ../nbs/10_train.ipynb #8189f5bf
 def take_statistics(recipe:Recipe, ready:Prepared, crops:Crops, out:Path):
     "Measure the teachers, fit their normalizers and write both to `statistics.safetensors`."
     progress = Progress(recipe.statistics_steps, what='statistics')
@@ -375,7 +377,7 @@ def take_statistics(recipe:Recipe, ready:Prepared, crops:Crops, out:Path):
     save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, out/'statistics.part')
     os.replace(out/'statistics.part', out/'statistics.safetensors')
 
-# %% ../nbs/10_train.ipynb #742b075f
+# %% ../nbs/10_train.ipynb #63bd2657
 SAMPLE = 20_000  # vectors of each teacher to train its modules on
 
 def fit_teacher(name:str, x:Tensor, recipe:Recipe)->tuple[RateDistortion, dict]: # x: normalized vectors (n, D)
@@ -393,7 +395,7 @@ def load_flow(recipe:Recipe, names:list[str], out:Path)->Flow|None:
     _, weights = teacher_weights(recipe, names)
     return Flow(modules, weights, recipe.information_weight, recipe.bottleneck, recipe.kd_dropout, METHODS[recipe.method].spatial)
 
-# %% ../nbs/10_train.ipynb #9c7235cc
+# %% ../nbs/10_train.ipynb #42e19e9f
 def load_normalizers(recipe:Recipe, widths:dict[str, tuple[int, int]], out:Path)->dict[str, Normalizer]:
     "The normalizers of a run, by teacher."
     tensors, normalizers = load_file(out/'statistics.safetensors'), {}
@@ -403,7 +405,7 @@ def load_normalizers(recipe:Recipe, widths:dict[str, tuple[int, int]], out:Path)
         normalizers[name].load_state_dict({k[len(prefix):]: t for k, t in tensors.items() if k.startswith(prefix)})
     return normalizers
 
-# %% ../nbs/10_train.ipynb #daa6a374
+# %% ../nbs/10_train.ipynb #a6b97d46
 def start_trainer(recipe:Recipe, ready:Prepared, crops:Crops, out:Path)->tuple[Trainer, dict[str, str]]:
     "A trainer at its first step or where the last checkpoint left it, and the images skipped until then."
     if not (out/'statistics.safetensors').exists(): take_statistics(recipe, ready, crops, out)
@@ -415,7 +417,7 @@ def start_trainer(recipe:Recipe, ready:Prepared, crops:Crops, out:Path)->tuple[T
     trainer.load_state_dict(state['trainer'])
     return trainer, state['skipped']
 
-# %% ../nbs/10_train.ipynb #0961e35a
+# %% ../nbs/10_train.ipynb #0240a3f7
 def metrics_file(out:Path, step:int):
     "`metrics.jsonl` opened for appending after the line of `step`."
     path = Path(out)/'metrics.jsonl'
@@ -423,7 +425,7 @@ def metrics_file(out:Path, step:int):
     path.write_text(''.join(lines))
     return path.open('a', buffering=1)
 
-# %% ../nbs/10_train.ipynb #1e33c7f8
+# %% ../nbs/10_train.ipynb #37d6736c
 def distill(
     recipe:Recipe,
     resume:bool=False,  # go on with an unfinished run in the same folder
@@ -441,7 +443,7 @@ def distill(
     if skipped: (out/'skipped.json').write_text(json.dumps(skipped, indent=2))
     return out
 
-# %% ../nbs/10_train.ipynb #8affc95d
+# %% ../nbs/10_train.ipynb #b8f40fc6
 def _loop(trainer, crops, skipped, metrics, stop, out):
     recipe = trainer.recipe
     def checkpoint():

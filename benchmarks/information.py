@@ -1,0 +1,83 @@
+"""What controlled information flow adds to a step of plain distillation.
+
+    python benchmarks/information.py [--batch 128] [--threads 2] [--device cpu]
+
+Both steps train the same student on the same batch, towards cached embeddings and logits of a teacher. The second one also
+runs three frozen rate–distortion modules on those embeddings, learns from them, and has a bottleneck. (The paper's own
+figure is 1.08.) The steps are taken in turns.
+"""
+import argparse
+
+import torch
+import torch.nn.functional as F
+from timing import ratio, report
+from torch import nn
+
+from radio_nb.information import Bottleneck, ControlledFlowLoss, RateDistortion, Said
+from radio_nb.zoo import CifarResNet
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument('--batch', type=int, default=128)
+parser.add_argument('--threads', type=int, default=torch.get_num_threads())
+parser.add_argument('--device', default='cpu')
+args = parser.parse_args()
+torch.set_num_threads(args.threads)
+print(f'torch {torch.__version__}, {args.threads} thread(s), {args.device}, batch {args.batch}\n')
+
+
+class Embedder(nn.Module):
+    "A backbone, its embedding through a projector, and logits."
+    def __init__(self, backbone, width, bottleneck):
+        super().__init__()
+        self.backbone, self.norm = backbone, nn.LayerNorm(width)
+        self.bottleneck = Bottleneck(width) if bottleneck else nn.Identity()
+        self.projector, self.classifier = nn.Linear(width, 64), nn.Linear(width, 10)
+
+    def forward(self, images):
+        w = self.bottleneck(self.norm(self.backbone(images)))
+        return Said(self.projector(w), self.classifier(w))
+
+
+class Pooled(nn.Module):
+    "A CIFAR ResNet up to its average."
+    def __init__(self, depth):
+        super().__init__()
+        self.net = CifarResNet(depth)
+
+    def forward(self, images): return self.net.grid(images).mean((1, 2))
+
+
+def plain():
+    "Three convolutions, the student of the tutorial on information."
+    sizes = zip((3, 32, 64), (32, 64, 64))
+    layers = [layer for a, b in sizes for layer in (nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def stepper(backbone, modules):
+    "A function that trains a student by one step; with modules it is CIFD, without them plain distillation."
+    torch.manual_seed(0)
+    student = Embedder(backbone, 64, modules is not None).to(args.device)
+    images, labels = torch.randn(args.batch, 3, 32, 32, device=args.device), torch.randint(10, (args.batch,), device=args.device)
+    teacher = Said(torch.randn(args.batch, 64, device=args.device), torch.randn(args.batch, 10, device=args.device))
+    names = ['teacher'] if modules is None else ['teacher', *(f'R={rate:g}' for rate in modules.rates.tolist())]
+    loss = ControlledFlowLoss(dict.fromkeys(names, 1.), temperature=4., dropout=0.)
+    optimizer = torch.optim.AdamW(student.parameters(), 1e-3)
+
+    def step():
+        said, sources = student(images), {'teacher': teacher}
+        if modules is not None:
+            with torch.no_grad(): blurred = modules.decode(modules.encode(teacher.embedding))
+            logits = modules.classifier(blurred).detach()
+            sources |= {name: Said(blurred[i], logits[i]) for i, name in enumerate(names[1:])}
+        bits = None if modules is None else student.bottleneck.bits
+        total, _ = loss(said, sources, bits, labels)
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+    return step
+
+
+for name, backbone in (('ResNet-20', lambda: Pooled(20)), ('ResNet-8', lambda: Pooled(8)), ('three convolutions', plain)):
+    modules = RateDistortion(64, 1., 10., 100., classes=10).eval().requires_grad_(False).to(args.device)
+    report(f'CIFD step against KD step, student {name}', ratio(stepper(backbone(), modules), stepper(backbone(), None), 15), 1.1)

@@ -1,0 +1,212 @@
+"Rate, distortion and bottleneck: properties over random inputs, and a run that uses them."
+import json
+
+import pytest
+import torch
+from conftest import SMALL
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_train import same_weights, start, wait_for
+from torch.testing import assert_close
+
+from radio_nb import information
+from radio_nb.cli import main
+from radio_nb.features import BadInput, Features
+from radio_nb.flow import Flow, fit_flow, modules_from
+from radio_nb.information import (
+    Bottleneck,
+    ControlledFlowLoss,
+    EntropyModel,
+    RateDistortion,
+    Said,
+    fit_modules,
+    gaussian_bits,
+    measure_modules,
+    rate_distortion_loss,
+    water_filling,
+)
+
+INFORMED = [*SMALL, '--information', '10', '1', '--information-steps', '5']
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.floats(.1, 3))
+def test_any_density_rises_and_adds_up_to_one(seed, spread):
+    torch.manual_seed(seed)
+    density = EntropyModel(3)
+    with torch.no_grad():
+        for parameter in density.parameters(): parameter.normal_(0, spread)
+    k = torch.arange(-3000., 3001)[:, None].expand(-1, 3)
+    with torch.no_grad():
+        assert (density.logits(k)[1:] >= density.logits(k)[:-1]).all()
+        ends = torch.sigmoid(density.logits(torch.tensor([[3000.5]*3]))) - torch.sigmoid(density.logits(torch.tensor([[-3000.5]*3])))
+        mass = torch.exp2(-density.bits(k).double()).sum(0)
+    assert_close(mass, ends[0].double(), atol=6001*1e-9 + 1e-3, rtol=0)   # each term is at least 1e-9
+
+
+def test_bits_do_not_depend_on_shape_or_autocast():
+    torch.manual_seed(0)
+    density, y = EntropyModel(4), torch.randn(2, 3, 5, 4)*4
+    bits = density.bits(y)
+    assert bits.shape == y.shape and bits.dtype == torch.float32 and (bits > 0).all()
+    assert_close(bits.view(-1, 4), density.bits(y.view(-1, 4)), rtol=0, atol=0)
+    with torch.autocast('cpu', torch.bfloat16): assert_close(density.bits(y), bits, rtol=0, atol=0)
+
+
+def test_bits_are_differentiable_in_code_and_density():
+    torch.manual_seed(0)
+    density = EntropyModel(3).double()
+    y = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+
+    def nats(y, *parameters):
+        named = dict(zip([name for name, _ in density.named_parameters()], parameters))
+        upper, lower = (torch.func.functional_call(Logits(density), {f'density.{k}': v for k, v in named.items()}, (y + half,))
+                        for half in (.5, -.5))
+        return information._log_mass(upper, lower)
+
+    class Logits(torch.nn.Module):
+        def __init__(self, density):
+            super().__init__()
+            self.density = density
+
+        def forward(self, y): return self.density.logits(y)
+
+    assert torch.autograd.gradcheck(nats, (y, *(p.detach().clone().requires_grad_() for p in density.parameters())))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=20), st.floats(1e-3, .999))
+def test_water_filling_and_its_inverse_agree(eigenvalues, share):
+    eigenvalues = torch.tensor(eigenvalues, dtype=torch.float64)
+    distortion, bits = water_filling(eigenvalues, share*eigenvalues.max().item())
+    assert gaussian_bits(eigenvalues, distortion.item()) == pytest.approx(bits.item(), abs=1e-6)
+    least = distortion.item()/len(eigenvalues)   # one level for all directions costs no less than that of the mean variance
+    assert bits <= .5*len(eigenvalues)*torch.log2(eigenvalues.mean()/least).item() + 1e-9
+
+
+def test_equal_variances_have_a_closed_form():
+    assert gaussian_bits(torch.full((8,), 3.), 6.) == pytest.approx(8*.5*torch.tensor(4.).log2().item())
+
+
+def test_a_batch_of_modules_is_as_many_single_ones(monkeypatch):
+    monkeypatch.setattr(information, 'through_channel', lambda code, training: code)   # noise would be drawn in another order
+    torch.manual_seed(0)
+    x, rates = torch.randn(32, 6), (1., 10., 100.)
+    together = RateDistortion(6, *rates, hidden=8)
+    with torch.no_grad(): together.encoder.out.weight.normal_(), together.decoder.out.weight.normal_()
+    losses = rate_distortion_loss(together, x, together(x))
+    losses.sum().backward()
+    for i, rate in enumerate(rates):
+        alone = RateDistortion(6, rate, hidden=8)
+        own, theirs = dict(alone.named_parameters()), dict(together.named_parameters())
+        for name, parameter in own.items():
+            part = slice(6*i, 6*i + 6) if name.startswith('density') else slice(i, i + 1)
+            parameter.data.copy_(theirs[name].data[part])
+        loss = rate_distortion_loss(alone, x, alone(x))
+        loss.sum().backward()
+        assert_close(loss[0], losses[i], rtol=1e-5, atol=1e-5)
+        for name, parameter in own.items():
+            part = slice(6*i, 6*i + 6) if name.startswith('density') else slice(i, i + 1)
+            assert_close(parameter.grad, theirs[name].grad[part], rtol=1e-3, atol=1e-4)
+
+
+def test_fitting_is_repeatable_and_leaves_the_generator_alone():
+    x = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
+    def fitted():
+        torch.manual_seed(1)
+        modules = fit_modules(RateDistortion(4, 1., 10., hidden=4), x, steps=5)
+        return modules, torch.rand(1)
+    (a, after_a), (b, after_b) = fitted(), fitted()
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    assert torch.equal(after_a, after_b) and not a.training
+
+
+def test_evaluation_rounds():
+    torch.manual_seed(0)
+    modules, x = RateDistortion(4, 10.).eval(), torch.randn(3, 5, 4)
+    code = modules.encode(x)
+    assert torch.equal(code, code.round())
+    coded = modules(x)
+    assert coded.reconstruction.shape == (1, 3, 5, 4) and coded.bits.shape == (1, 3, 5) and coded.logits is None
+    assert_close(coded.reconstruction, modules(x).reconstruction, rtol=0, atol=0)
+
+
+def test_measuring_in_pieces_changes_nothing():
+    torch.manual_seed(0)
+    modules, x = RateDistortion(4, 1., 10.), torch.randn(50, 4)
+    whole, pieces = measure_modules(modules, x), measure_modules(modules, x, batch_size=7)
+    assert modules.training
+    for a, b in zip(whole, pieces): assert a == pytest.approx(b)
+
+
+def test_a_bottleneck_can_be_left_out_in_evaluation():
+    w = torch.randn(2, 7, 16)
+    bottleneck = Bottleneck(16)
+    assert not torch.equal(bottleneck(w), w) and bottleneck.bits.shape == (2, 7)
+    assert bottleneck.eval()(w) is w
+
+
+def test_every_source_may_be_left_out():
+    loss = ControlledFlowLoss({'teacher': 1., 'R=1': 1.})
+    x, y = Said(torch.ones(2, 3)), Said(torch.zeros(2, 3))
+    total, terms = loss(x, {'teacher': y, 'R=1': y}, kept={'teacher': False, 'R=1': False})
+    assert total == 0 and terms['teacher'] == terms['R=1'] == 1
+
+
+def test_a_teacher_without_weight_gets_no_modules():
+    torch.manual_seed(0)
+    modules = {name: RateDistortion(3, 1.).eval() for name in 'ab'}
+    features = {name: Features(torch.zeros(1, 2), torch.randn(1, 2, 2, 3)) for name in 'ab'}
+    total, terms = Flow(modules, {'a': 0., 'b': 2.}, dropout=0.)(features, features)
+    assert terms['a'] == {} and set(terms['b']) == {'R=1'}
+    assert_close(total, 2*terms['b']['R=1'])
+
+
+def test_modules_come_back_from_their_tensors():
+    x = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))*torch.tensor([3., 2., 1., 1., .01, .01, .01, .01])
+    modules, curve = fit_flow(x, (1., 10.), steps=3)
+    assert curve['code'] == 4 and curve['width'] == 8 and curve['vectors'] == 200
+    assert_close(modules_from(modules.state_dict())(x).reconstruction, modules(x).reconstruction, rtol=0, atol=0)
+
+
+@pytest.fixture(scope='module')
+def informed(tmp_path_factory):
+    out = tmp_path_factory.mktemp('informed')/'run'
+    main(['distill', *INFORMED, '--out', str(out)])
+    return out
+
+
+def test_a_run_reports_its_modules(informed):
+    lines = [json.loads(line) for line in (informed/'metrics.jsonl').open()]
+    assert all({'summary', 'spatial', 'R=10', 'R=1'} == set(line['teachers']['u2netp']) and line['bits'] > 0 for line in lines)
+    report = (informed/'report.html').read_text()
+    assert all(text in report for text in ('Rate and distortion', 'modules with R = 10', 'Bits of the student'))
+    assert 'bottleneck' not in ' '.join(same_keys(informed))
+
+
+def same_keys(folder):
+    from safetensors import safe_open
+    with safe_open(folder/'student.safetensors', 'pt') as file: return list(file.keys())
+
+
+@pytest.mark.parametrize('moment', ['statistics.safetensors', 'checkpoints/00000002.pt'])
+def test_a_killed_run_with_modules_goes_on_to_the_same_student(informed, tmp_path, moment):
+    out = tmp_path/'run'
+    process = start('distill', *INFORMED, '--out', out)
+    wait_for(out/moment)
+    process.kill()
+    process.wait()
+    main(['distill', *INFORMED, '--out', str(out), '--resume'])
+    assert same_weights(out, informed)
+
+
+@pytest.mark.parametrize('rates', [['10', '10'], ['0'], ['1', '-3']])
+def test_rates_must_be_positive_and_different(rates, tmp_path, capsys):
+    with pytest.raises(SystemExit) as refused: main(['distill', *SMALL, '--information', *rates, '--out', str(tmp_path/'run')])
+    error = capsys.readouterr().err
+    assert refused.value.code == 2 and 'must be positive and different' in error and error.count('\n') == 1
+    assert not (tmp_path/'run').exists()
+
+
+def test_too_few_vectors_are_refused():
+    with pytest.raises(BadInput, match='3 vectors are too few'): fit_flow(torch.randn(3, 4), (1.,))
