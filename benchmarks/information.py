@@ -9,7 +9,6 @@ figure is 1.08.) The steps are taken in turns.
 import argparse
 
 import torch
-import torch.nn.functional as F
 from timing import ratio, report
 from torch import nn
 

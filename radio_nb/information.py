@@ -7,7 +7,7 @@ __all__ = ['MOST_BITS', 'EntropyModel', 'water_filling', 'gaussian_bits', 'Stack
            'through_channel', 'rate_distortion_loss', 'fit_modules', 'Point', 'measure_modules', 'Bottleneck',
            'soft_label_loss', 'Said', 'mean_square_error', 'ControlledFlowLoss']
 
-# %% ../nbs/06_information.ipynb #c9f3f585
+# %% ../nbs/06_information.ipynb #f58145ab
 from collections.abc import Callable
 from math import log
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .features import BadInput, unknown
 
-# %% ../nbs/06_information.ipynb #fdb53ae6
+# %% ../nbs/06_information.ipynb #48e258b1
 class EntropyModel(nn.Module):
     "A learned density for each channel, of any shape (Ballé et al. 2017): what a code costs in bits."
     def __init__(self,
@@ -53,9 +53,10 @@ class EntropyModel(nn.Module):
         "$-\\log_2(c(y + \\frac12) - c(y - \\frac12))$, at most `MOST_BITS`."
         rows = y.reshape(-1, y.shape[-1]).float()
         with torch.autocast(y.device.type, enabled=False):
-            return _capped(_log_mass(self.logits(rows + .5), self.logits(rows - .5))/-log(2)).view(y.shape)
+            upper, lower = self.logits(torch.cat([rows + .5, rows - .5])).chunk(2)
+            return _capped(_log_mass(upper, lower)/-log(2)).view(y.shape)
 
-# %% ../nbs/06_information.ipynb #f85a107a
+# %% ../nbs/06_information.ipynb #cff93882
 MOST_BITS = -log(1e-9)/log(2)  # what an element may cost
 
 def _log_mass(upper, lower):
@@ -64,7 +65,7 @@ def _log_mass(upper, lower):
 
 def _capped(bits): return bits + (bits.clamp(max=MOST_BITS) - bits).detach()
 
-# %% ../nbs/06_information.ipynb #e4e62c01
+# %% ../nbs/06_information.ipynb #f1143f32
 def water_filling(
     eigenvalues:Tensor, # of the covariance of the embedding, (C,)
     level:float|Tensor, # of the water, the error allowed in each direction, 1/2R
@@ -84,7 +85,7 @@ def gaussian_bits(
         low, high = (level, high) if water_filling(eigenvalues, level)[0] < distortion else (low, level)
     return water_filling(eigenvalues, high)[1].item()
 
-# %% ../nbs/06_information.ipynb #7ac2177e
+# %% ../nbs/06_information.ipynb #6d5bd3db
 class Stacked(nn.Module):
     "`n` linear layers side by side: (n, B, n_in) to (n, B, n_out)."
     def __init__(self, n:int, n_in:int, n_out:int):
@@ -105,7 +106,7 @@ class Bent(nn.Module):
 
     def forward(self, x): return self.straight(x) + self.out(F.gelu(self.into(x)))
 
-# %% ../nbs/06_information.ipynb #0bbaff3d
+# %% ../nbs/06_information.ipynb #3ac144a3
 class Coded(NamedTuple):
     "What `n` modules make of a batch of embeddings."
     reconstruction: Tensor      # (n, ..., dim)
@@ -153,7 +154,7 @@ class RateDistortion(nn.Module):
         logits = None if self.classifier is None else self.classifier(said).view(*shape, -1)
         return Coded(said.view(*shape, -1), bits.view(shape), logits)
 
-# %% ../nbs/06_information.ipynb #ef20dcab
+# %% ../nbs/06_information.ipynb #dbff70dd
 def through_channel(
     code:Tensor,    # of any shape
     training:bool,  # noise if true, else rounding
@@ -161,7 +162,7 @@ def through_channel(
     "$y + z$ with $z$ uniform in $[-\\frac12, \\frac12]$, or $y$ rounded."
     return code + torch.rand_like(code) - .5 if training else code.round()
 
-# %% ../nbs/06_information.ipynb #a95e03f9
+# %% ../nbs/06_information.ipynb #d55f3c56
 def rate_distortion_loss(
     modules:RateDistortion,
     x:Tensor,                        # embeddings, (B, dim)
@@ -172,7 +173,7 @@ def rate_distortion_loss(
     errors = distance(coded.reconstruction, x.expand_as(coded.reconstruction), reduction='none').sum(-1)
     return (modules.rates*errors.flatten(1).mean(1)) + log(2)*coded.bits.flatten(1).mean(1)
 
-# %% ../nbs/06_information.ipynb #93e5c29a
+# %% ../nbs/06_information.ipynb #cf458030
 def fit_modules(
     modules:RateDistortion,          # trained in place; in evaluation mode afterwards
     x:Tensor,                        # embeddings, normalized, (n, dim)
@@ -204,7 +205,7 @@ def fit_modules(
     torch.random.set_rng_state(cpu)
     return modules.eval()
 
-# %% ../nbs/06_information.ipynb #607ba818
+# %% ../nbs/06_information.ipynb #ebe7c74f
 class Point(NamedTuple):
     "What a module achieves."
     rate: float        # its R
@@ -227,7 +228,7 @@ def measure_modules(
     modules.train(training)
     return [Point(*values) for values in zip(modules.rates.tolist(), (bits/len(x)).tolist(), (errors/len(x)).tolist())]
 
-# %% ../nbs/06_information.ipynb #371b0ed9
+# %% ../nbs/06_information.ipynb #0bb0484e
 class Bottleneck(nn.Module):
     "Noise on a representation, and what that costs in bits (CIFD, IBM); in evaluation nothing at all."
     def __init__(self,
@@ -249,7 +250,7 @@ class Bottleneck(nn.Module):
         self.bits = self.density.bits(noisy).sum(-1)
         return noisy
 
-# %% ../nbs/06_information.ipynb #c820db7a
+# %% ../nbs/06_information.ipynb #ed9162b9
 def soft_label_loss(
     student:Tensor,       # logits, (..., classes)
     source:Tensor,        # logits, (..., classes)
@@ -259,7 +260,7 @@ def soft_label_loss(
     student, source = ((logits.float()/temperature).log_softmax(-1).flatten(0, -2) for logits in (student, source))
     return temperature**2*F.kl_div(student, source, reduction='batchmean', log_target=True)
 
-# %% ../nbs/06_information.ipynb #f57fbc70
+# %% ../nbs/06_information.ipynb #e0b3d0cf
 class Said(NamedTuple):
     "What a student, a teacher or a module says of a batch."
     embedding: Tensor           # (B, ..., C)
@@ -269,7 +270,7 @@ def mean_square_error(x:Tensor, y:Tensor)->Tensor:
     "Squared error, averaged over everything."
     return F.mse_loss(x.float(), y.float())
 
-# %% ../nbs/06_information.ipynb #94aac11c
+# %% ../nbs/06_information.ipynb #f38e8c54
 class ControlledFlowLoss(nn.Module):
     "What a student is asked by its teacher, by the modules that blur the teacher, and by its own bottleneck (CIFD)."
     def __init__(self,
