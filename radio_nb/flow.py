@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CODE', 'fit_flow', 'modules_from', 'Flow', 'blurred']
 
-# %% ../nbs/09a_flow.ipynb #18701dc3
+# %% ../nbs/09a_flow.ipynb #a76b305e
 from collections.abc import Callable
 from functools import partial
 from math import log
@@ -19,7 +19,7 @@ from .losses import spatial_loss
 from .moments import Moments
 from .normalizers import eigenbasis
 
-# %% ../nbs/09a_flow.ipynb #fecc9344
+# %% ../nbs/09a_flow.ipynb #fcd8144f
 CODE = 256  # the most channels that a code may have
 
 def fit_flow(
@@ -29,10 +29,10 @@ def fit_flow(
     seed:int=0,
     progress:Callable|None=None,   # called with the number of steps done
 )->tuple[RateDistortion, dict]:    # the modules, and their points of the rate–distortion curve beside the Gaussian's
-    "Train a teacher's modules on nine tenths of its vectors and measure them on the rest."
+    "Train a teacher's modules on the first nine tenths of its vectors and measure them on the last."
     if len(x) < 20: raise BadInput(f'{len(x)} vectors are too few to train rate–distortion modules: take more statistics steps')
     torch.manual_seed(seed)
-    train, test = x[torch.randperm(len(x)).to(x.device)].split([len(x) - len(x)//10, len(x)//10])
+    train, test = x.split([len(x) - len(x)//10, len(x)//10])
     eigenvalues, U = eigenbasis(Moments(x.shape[1]).update(train).cov)
     code = min(CODE, max(1, int((eigenvalues > 1/(2*max(rates))).sum())))
     modules = RateDistortion(x.shape[1], *rates, hidden=256, basis=U[:, :code]).to(x.device)
@@ -40,7 +40,7 @@ def fit_flow(
     points = [p._asdict() | {'gaussian': gaussian_bits(eigenvalues, p.distortion)} for p in measure_modules(modules, test)]
     return modules, {'width': x.shape[1], 'code': code, 'vectors': len(x), 'points': points}
 
-# %% ../nbs/09a_flow.ipynb #4a9fe9ed
+# %% ../nbs/09a_flow.ipynb #db710eec
 def modules_from(
     state:dict[str, Tensor],  # a `state_dict` of `RateDistortion`
 )->RateDistortion:            # frozen, in evaluation mode
@@ -51,7 +51,7 @@ def modules_from(
     modules.load_state_dict(state)
     return modules.eval().requires_grad_(False)
 
-# %% ../nbs/09a_flow.ipynb #e298bc9f
+# %% ../nbs/09a_flow.ipynb #c1f245e4
 class Flow(nn.Module):
     "What modules and a bottleneck add to the loss of several teachers (CIFD, without labels)."
     def __init__(self,
@@ -89,7 +89,7 @@ class Flow(nn.Module):
         if bottleneck is not None: total = total + self.price*log(2)*bottleneck.bits.mean()
         return total, terms
 
-# %% ../nbs/09a_flow.ipynb #fdc4853d
+# %% ../nbs/09a_flow.ipynb #738e47ad
 @torch.no_grad()
 def blurred(
     modules:RateDistortion,

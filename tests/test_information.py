@@ -53,6 +53,14 @@ def test_bits_do_not_depend_on_shape_or_autocast():
     with torch.autocast('cpu', torch.bfloat16): assert_close(density.bits(y), bits, rtol=0, atol=0)
 
 
+def test_the_most_absurd_value_has_finite_bits_and_gradients():
+    density, y = EntropyModel(2), torch.tensor([[1e8, -1e30], [3e4, 0.]], requires_grad=True)
+    bits = density.bits(y)
+    bits.sum().backward()
+    assert bits.isfinite().all() and (bits <= information.MOST_BITS + 1e-4).all() and y.grad.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in density.parameters())
+
+
 def test_bits_are_differentiable_in_code_and_density():
     torch.manual_seed(0)
     density = EntropyModel(3).double()
