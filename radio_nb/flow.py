@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CODE', 'fit_flow', 'modules_from', 'Flow', 'blurred']
 
-# %% ../nbs/09a_flow.ipynb #a76b305e
+# %% ../nbs/09a_flow.ipynb #8b934920
 from collections.abc import Callable
 from functools import partial
 from math import log
@@ -19,7 +19,7 @@ from .losses import spatial_loss
 from .moments import Moments
 from .normalizers import eigenbasis
 
-# %% ../nbs/09a_flow.ipynb #fcd8144f
+# %% ../nbs/09a_flow.ipynb #b8b136fb
 CODE = 256  # the most channels that a code may have
 
 def fit_flow(
@@ -40,7 +40,7 @@ def fit_flow(
     points = [p._asdict() | {'gaussian': gaussian_bits(eigenvalues, p.distortion)} for p in measure_modules(modules, test)]
     return modules, {'width': x.shape[1], 'code': code, 'vectors': len(x), 'points': points}
 
-# %% ../nbs/09a_flow.ipynb #db710eec
+# %% ../nbs/09a_flow.ipynb #07e28b8e
 def modules_from(
     state:dict[str, Tensor],  # a `state_dict` of `RateDistortion`
 )->RateDistortion:            # frozen, in evaluation mode
@@ -51,7 +51,7 @@ def modules_from(
     modules.load_state_dict(state)
     return modules.eval().requires_grad_(False)
 
-# %% ../nbs/09a_flow.ipynb #c1f245e4
+# %% ../nbs/09a_flow.ipynb #28b0a216
 class Flow(nn.Module):
     "What modules and a bottleneck add to the loss of several teachers (CIFD, without labels)."
     def __init__(self,
@@ -68,6 +68,12 @@ class Flow(nn.Module):
         self.rates = [f'R={rate:g}' for rate in self.coders[0].rates.tolist()]
         sources = {'teacher': 1.} | dict.fromkeys(self.rates, weight/len(self.rates))
         self.loss = ControlledFlowLoss(sources, dropout=dropout, distance=partial(spatial_loss, kind=kind))
+
+    def train(self, mode:bool=True):
+        "Modules stay in evaluation mode: they round."
+        super().train(mode)
+        self.coders.eval()
+        return self
 
     def kept(self)->dict[str, dict[str, bool]]:
         "For every teacher, which of its sources the student learns from in this step, 'teacher' among them (KD dropout)."
@@ -89,7 +95,7 @@ class Flow(nn.Module):
         if bottleneck is not None: total = total + self.price*log(2)*bottleneck.bits.mean()
         return total, terms
 
-# %% ../nbs/09a_flow.ipynb #738e47ad
+# %% ../nbs/09a_flow.ipynb #611c8f40
 @torch.no_grad()
 def blurred(
     modules:RateDistortion,

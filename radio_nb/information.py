@@ -7,7 +7,7 @@ __all__ = ['MOST_BITS', 'EntropyModel', 'water_filling', 'gaussian_bits', 'Stack
            'RateDistortion', 'rate_distortion_loss', 'fit_modules', 'Point', 'measure_modules', 'Bottleneck',
            'soft_label_loss', 'Said', 'mean_square_error', 'ControlledFlowLoss']
 
-# %% ../nbs/06_information.ipynb #9d1f57e3
+# %% ../nbs/06_information.ipynb #ddbfcbd2
 from collections.abc import Callable
 from math import log
 from typing import NamedTuple
@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .draws import uniform
 from .features import BadInput, unknown
 
-# %% ../nbs/06_information.ipynb #ee1757ad
+# %% ../nbs/06_information.ipynb #59e2c7ea
 MOST_BITS = -log(1e-9)/log(2)  # what an element may cost
 
 def _log_mass(upper, lower):
@@ -64,7 +65,7 @@ class EntropyModel(nn.Module):
             upper, lower = self.logits(torch.cat([rows + .5, rows - .5])).chunk(2)
             return _capped(_log_mass(upper, lower)/-log(2)).view(y.shape)
 
-# %% ../nbs/06_information.ipynb #53daf55f
+# %% ../nbs/06_information.ipynb #5fd30cfa
 def water_filling(
     eigenvalues:Tensor, # of the covariance of the embedding, (C,)
     level:float|Tensor, # of the water, the error allowed in each direction, 1/2R
@@ -84,7 +85,7 @@ def gaussian_bits(
         low, high = (level, high) if water_filling(eigenvalues, level)[0] < distortion else (low, level)
     return water_filling(eigenvalues, high)[1].item()
 
-# %% ../nbs/06_information.ipynb #b954e09b
+# %% ../nbs/06_information.ipynb #34e089f9
 class Stacked(nn.Module):
     "`n` linear layers side by side: (n, B, n_in) to (n, B, n_out)."
     def __init__(self, n:int, n_in:int, n_out:int):
@@ -105,15 +106,15 @@ class Bent(nn.Module):
 
     def forward(self, x): return self.straight(x) + self.out(F.gelu(self.into(x)))
 
-# %% ../nbs/06_information.ipynb #4e9943cc
+# %% ../nbs/06_information.ipynb #b51a31ea
 def through_channel(
     code:Tensor,    # of any shape
     training:bool,  # noise if true, else rounding
 )->Tensor:          # of the same shape
     "$y + z$ with $z$ uniform in $[-\\frac12, \\frac12]$, or $y$ rounded."
-    return code + torch.rand_like(code) - .5 if training else code.round()
+    return code + uniform(*code.shape, device=code.device) - .5 if training else code.round()
 
-# %% ../nbs/06_information.ipynb #daa76068
+# %% ../nbs/06_information.ipynb #98ca683c
 class Coded(NamedTuple):
     "What `n` modules make of a batch of embeddings."
     reconstruction: Tensor      # (n, ..., dim)
@@ -161,7 +162,7 @@ class RateDistortion(nn.Module):
         logits = None if self.classifier is None else self.classifier(said).view(*shape, -1)
         return Coded(said.view(*shape, -1), bits.view(shape), logits)
 
-# %% ../nbs/06_information.ipynb #bc24f68b
+# %% ../nbs/06_information.ipynb #bcb7e22a
 def rate_distortion_loss(
     modules:RateDistortion,
     x:Tensor,                        # embeddings, (B, dim)
@@ -172,7 +173,7 @@ def rate_distortion_loss(
     errors = distance(coded.reconstruction, x.expand_as(coded.reconstruction), reduction='none').sum(-1)
     return (modules.rates*errors.flatten(1).mean(1)) + log(2)*coded.bits.flatten(1).mean(1)
 
-# %% ../nbs/06_information.ipynb #b31e3341
+# %% ../nbs/06_information.ipynb #682d7fda
 def fit_modules(
     modules:RateDistortion,          # trained in place; in evaluation mode afterwards
     x:Tensor,                        # embeddings, normalized, (n, dim)
@@ -204,7 +205,7 @@ def fit_modules(
     torch.random.set_rng_state(cpu)
     return modules.eval()
 
-# %% ../nbs/06_information.ipynb #cfc7e844
+# %% ../nbs/06_information.ipynb #8847ea0f
 class Point(NamedTuple):
     "What a module achieves."
     rate: float        # its R
@@ -227,7 +228,7 @@ def measure_modules(
     modules.train(training)
     return [Point(*values) for values in zip(modules.rates.tolist(), (bits/len(x)).tolist(), (errors/len(x)).tolist())]
 
-# %% ../nbs/06_information.ipynb #ca72198b
+# %% ../nbs/06_information.ipynb #434faafd
 class Bottleneck(nn.Module):
     "Noise on a representation, and what that costs in bits (CIFD, IBM); in evaluation nothing at all."
     def __init__(self,
@@ -249,7 +250,7 @@ class Bottleneck(nn.Module):
         self.bits = self.density.bits(noisy).sum(-1)
         return noisy
 
-# %% ../nbs/06_information.ipynb #0be4ef60
+# %% ../nbs/06_information.ipynb #c535c271
 def soft_label_loss(
     student:Tensor,       # logits, (..., classes)
     source:Tensor,        # logits, (..., classes)
@@ -259,7 +260,7 @@ def soft_label_loss(
     student, source = ((logits.float()/temperature).log_softmax(-1).flatten(0, -2) for logits in (student, source))
     return temperature**2*F.kl_div(student, source, reduction='batchmean', log_target=True)
 
-# %% ../nbs/06_information.ipynb #c808dbaf
+# %% ../nbs/06_information.ipynb #9f295fe2
 class Said(NamedTuple):
     "What a student, a teacher or a module says of a batch."
     embedding: Tensor           # (B, ..., C)
@@ -269,7 +270,7 @@ def mean_square_error(x:Tensor, y:Tensor)->Tensor:
     "Squared error, averaged over everything."
     return F.mse_loss(x.float(), y.float())
 
-# %% ../nbs/06_information.ipynb #d7836036
+# %% ../nbs/06_information.ipynb #9752eefa
 class ControlledFlowLoss(nn.Module):
     "What a student is asked by its teacher, by the modules that blur the teacher, and by its own bottleneck (CIFD)."
     def __init__(self,

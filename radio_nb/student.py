@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['random_windows', 'CroppedPositions', 'Head', 'Stem', 'Backbone', 'Student', 'fold_heads', 'remove_bottleneck']
 
-# %% ../nbs/08_student.ipynb #eee692cb
+# %% ../nbs/08_student.ipynb #201507f0
 import json
 import os
 from math import log
@@ -18,24 +18,25 @@ from safetensors.torch import load_file, save_file
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
+from .draws import uniform
 from .features import BadInput, Features
 from .information import Bottleneck
 from .normalizers import Normalizer
 from .teachers import parse_spec, timm_model
 from .zoo import zoo_model
 
-# %% ../nbs/08_student.ipynb #86a3b8ea
+# %% ../nbs/08_student.ipynb #bb96f5c8
 def random_windows(
     n:int, # how many, one for each image of a batch
     device:torch.device|None=None,
 )->tuple[Tensor, Tensor]: # corners (n, 2) and sizes (n, 2) of windows in the unit square, x before y
     "Windows with scale from √0.1 to 1 and aspect from 3:4 to 4:3, anywhere they fit (AM-RADIO)."
-    scale = torch.empty(n, device=device).uniform_(.1**.5, 1)
-    aspect = torch.empty(n, device=device).uniform_(log(3/4), log(4/3)).exp()
+    scale, aspect, *place = uniform(n, 4, device=device).unbind(-1)
+    scale, aspect = .1**.5 + scale*(1 - .1**.5), (log(3/4) + aspect*(log(4/3) - log(3/4))).exp()
     sizes = torch.stack([scale*aspect.sqrt(), scale/aspect.sqrt()], -1).clamp(max=1)
-    return torch.rand(n, 2, device=device)*(1 - sizes), sizes
+    return torch.stack(place, -1)*(1 - sizes), sizes
 
-# %% ../nbs/08_student.ipynb #5a91d284
+# %% ../nbs/08_student.ipynb #0e2334e6
 class CroppedPositions(nn.Module):
     "Cropped position embedding (AM-RADIO): a vector for every place of a grid of any size."
     def __init__(self,
@@ -65,7 +66,7 @@ class CroppedPositions(nn.Module):
         points = corners[:, None, None] + sizes[:, None, None]*unit
         return F.grid_sample(self.table.expand(n, -1, -1, -1), 2*points - 1, align_corners=False, padding_mode='border')
 
-# %% ../nbs/08_student.ipynb #d8130abc
+# %% ../nbs/08_student.ipynb #c14c2162
 class Head(nn.Sequential):
     "An adaptor head, (..., n_in) to (..., n_out)."
     def __init__(self,
@@ -84,7 +85,7 @@ class Head(nn.Sequential):
         head[3] = normalizer.fold_into(self[3])
         return head
 
-# %% ../nbs/08_student.ipynb #203cd07d
+# %% ../nbs/08_student.ipynb #adc7fbac
 class Stem(nn.Module):
     "The first stages of a convolutional network in place of a patch embedding: (B, 3, H, W) to (B, dim, H/16, W/16)."
     def __init__(self,
@@ -112,7 +113,7 @@ class Stem(nn.Module):
         maps = self.model.forward_intermediates(x, indices=[self.index], intermediates_only=True, stop_early=True)
         return self.proj(maps[0])
 
-# %% ../nbs/08_student.ipynb #4835d3be
+# %% ../nbs/08_student.ipynb #9ea10f8a
 def _vit(backbone):
     "The timm vision transformer that `backbone` names, and the spec of the same one without weights."
     spec = parse_spec(backbone if ':' in backbone else f'timm:{backbone}@random')
@@ -121,7 +122,7 @@ def _vit(backbone):
     if not isinstance(vit, VisionTransformer): raise BadInput(f'{backbone} is no vision transformer; vit_tiny_patch16_224 is one')
     return vit, spec.name.partition('.')[0]
 
-# %% ../nbs/08_student.ipynb #bc0c8946
+# %% ../nbs/08_student.ipynb #9e2d08e4
 def _stem_model(stem):
     "The convolutional network that `stem` names, with the mean and std of its input, and its spec without weights."
     spec = parse_spec(stem)
@@ -130,7 +131,7 @@ def _stem_model(stem):
     cfg = model.default_cfg
     return model, cfg['mean'], cfg['std'], f'timm:{cfg["architecture"]}@random'
 
-# %% ../nbs/08_student.ipynb #354a0640
+# %% ../nbs/08_student.ipynb #b5a5bb4b
 class Backbone(nn.Module):
     "A vision transformer for images of any size: (B, 3, H, W) in [0, 1] to its class tokens and its grid."
     def __init__(self,
@@ -151,7 +152,7 @@ class Backbone(nn.Module):
         self.register_buffer('mean', torch.tensor(mean).reshape(3, 1, 1))
         self.register_buffer('std', torch.tensor(std).reshape(3, 1, 1))
         self.prefix, self.positions = _prefix(vit, n_class), _positions(vit)
-        self.drop, self.norm_pre, self.blocks, self.norm = nn.Dropout(drop), vit.norm_pre, vit.blocks, vit.norm
+        self.drop, self.norm_pre, self.blocks, self.norm = drop, vit.norm_pre, vit.blocks, vit.norm
         if depth: self.blocks = self.blocks[:depth]
 
     def forward(self, images)->Features:
@@ -161,12 +162,14 @@ class Backbone(nn.Module):
                            f'make both sides a multiple of {self.patch}')
         grid = self.embed((images - self.mean)/self.std)
         n, _, h, w = grid.shape
-        patches = grid.flatten(2).mT + self.drop(self.positions(n, h, w))
+        positions = self.positions(n, h, w)
+        if self.training: positions = positions*(uniform(*positions.shape, device=positions.device) >= self.drop)/(1 - self.drop)
+        patches = grid.flatten(2).mT + positions
         tokens = self.norm_pre(torch.cat([self.prefix.expand(n, -1, -1), patches], 1))
         tokens = self.norm(self.blocks(tokens))
         return Features(tokens[:, :self.n_class], tokens[:, self.prefix.shape[1]:].unflatten(1, (h, w)))
 
-# %% ../nbs/08_student.ipynb #c81d0026
+# %% ../nbs/08_student.ipynb #be6c989c
 def _prefix(vit, n_class, multiple=8):
     "Class tokens and registers, together a multiple of `multiple`."
     registers = multiple - n_class % multiple
@@ -182,7 +185,7 @@ def _positions(vit):
         positions.table.data = F.interpolate(table, positions.table.shape[-2:], mode='bicubic', antialias=True)
     return positions
 
-# %% ../nbs/08_student.ipynb #6744e72c
+# %% ../nbs/08_student.ipynb #5845c9f2
 class Student(nn.Module):
     "A backbone with two heads for each teacher: images to every teacher's features."
     def __init__(self,
@@ -234,13 +237,13 @@ class Student(nn.Module):
         student.load_state_dict(load_file(Path(folder)/'student.safetensors'))
         return student.eval()
 
-# %% ../nbs/08_student.ipynb #63941afc
+# %% ../nbs/08_student.ipynb #aa37ad37
 def _narrowed(bottleneck, tokens, spatial):
     "Class tokens (B, n, dim) and grid (B, h, w, dim) through a bottleneck."
     noisy, n = bottleneck(torch.cat([tokens, spatial.flatten(1, 2)], 1)), tokens.shape[1]
     return noisy[:, :n], noisy[:, n:].unflatten(1, spatial.shape[1:3])
 
-# %% ../nbs/08_student.ipynb #22e436e1
+# %% ../nbs/08_student.ipynb #afc66741
 def fold_heads(
     student:Student,                      # trained on normalized targets
     normalizers:dict[str, Normalizer],    # by teacher
@@ -250,7 +253,7 @@ def fold_heads(
         student.spatial_heads[i] = student.spatial_heads[i].folded(normalizers[name]).to(student.backbone.mean.device)
     return student
 
-# %% ../nbs/08_student.ipynb #4b4b95d0
+# %% ../nbs/08_student.ipynb #c4a38096
 def remove_bottleneck(
     student:Student,  # with or without a bottleneck
 )->Student:           # the same object, without
