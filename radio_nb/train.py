@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SAMPLE', 'Recipe', 'recipe_toml', 'read_recipe', 'difference', 'teacher_names', 'new_engine', 'Statistics', 'pooled',
-           'measure', 'some_places', 'learning_rate', 'check_losses', 'Step', 'Trainer', 'shrink', 'teacher_weights',
-           'save_checkpoint', 'load_checkpoint', 'Progress', 'Stopped', 'stop_flag', 'Prepared', 'best_device',
-           'prepare', 'new_student', 'check_folder', 'finished', 'take_statistics', 'keep_statistics', 'fit_teacher',
-           'load_flow', 'load_normalizers', 'start_trainer', 'metrics_file', 'distill']
+           'measure', 'some_places', 'learning_rate', 'check_losses', 'check_width', 'Step', 'Trainer', 'shrink',
+           'teacher_weights', 'save_checkpoint', 'load_checkpoint', 'Progress', 'Stopped', 'stop_flag', 'Prepared',
+           'best_device', 'prepare', 'new_student', 'check_folder', 'finished', 'take_statistics', 'keep_statistics',
+           'fit_teacher', 'load_flow', 'load_normalizers', 'start_trainer', 'metrics_file', 'distill']
 
-# %% ../nbs/10_train.ipynb #5a14413a
+# %% ../nbs/10_train.ipynb #97cc593a
 import json
 import os
 import signal
@@ -49,7 +49,7 @@ from .teachers import Teacher, load_teacher, parse_spec
 if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
 
-# %% ../nbs/10_train.ipynb #839715a5
+# %% ../nbs/10_train.ipynb #32b7aabf
 @dataclass(frozen=True)
 class Recipe:
     "What to distil, and how."
@@ -86,7 +86,7 @@ class Recipe:
     checkpoint_every: int = 100         # steps between checkpoints
     keep: int = 2                       # how many checkpoints to keep
 
-# %% ../nbs/10_train.ipynb #0c121b63
+# %% ../nbs/10_train.ipynb #ce8fb745
 def recipe_toml(recipe:Recipe)->str:
     "A recipe as TOML."
     return tomli_w.dumps({key: list(value) if isinstance(value, tuple) else value for key, value in asdict(recipe).items()})
@@ -101,7 +101,7 @@ def read_recipe(path:Path)->dict:
         if key not in known: raise unknown(f'field in {path}', key, known)
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
-# %% ../nbs/10_train.ipynb #12d69429
+# %% ../nbs/10_train.ipynb #bf14092f
 _may_differ = {'out', 'device', 'workers', 'checkpoint_every', 'keep'}
 
 def difference(
@@ -114,7 +114,7 @@ def difference(
         if mine != theirs and field.name not in _may_differ: return f'{field.name} is {mine!r} here and {theirs!r} there'
     return ''
 
-# %% ../nbs/10_train.ipynb #65720947
+# %% ../nbs/10_train.ipynb #c0b587c6
 def teacher_names(
     specs:tuple[str, ...],
 )->dict[str, str]: # from short names to specs, in order
@@ -127,7 +127,7 @@ def teacher_names(
     names = [short(spec) for spec in specs]
     return {short if names.count(short) == 1 else spec: spec for short, spec in zip(names, specs)}
 
-# %% ../nbs/10_train.ipynb #63fa60f1
+# %% ../nbs/10_train.ipynb #a328b680
 def new_engine(
     device:torch.device,
     unused:bool=False,  # whether the student has parts without a gradient, such as the grid's head of a teacher with weight 0
@@ -136,7 +136,7 @@ def new_engine(
     how = DistributedDataParallelKwargs(find_unused_parameters=unused)
     return Accelerator(cpu=device.type == 'cpu', device_placement=False, kwargs_handlers=[how])
 
-# %% ../nbs/10_train.ipynb #e2c4bb4b
+# %% ../nbs/10_train.ipynb #5b00d425
 class Statistics(NamedTuple):
     "What is known of a teacher's features before training."
     spatial: Moments   # of its grid, over images and places
@@ -180,7 +180,7 @@ def some_places(spatial:Tensor, n:int)->Tensor: # spatial: (B, H, W, D)
     places = uniform(*rows.shape[:2], device=rows.device).argsort(1)[:, :n]
     return rows.gather(1, places[..., None].expand(-1, -1, rows.shape[2])).flatten(0, 1)
 
-# %% ../nbs/10_train.ipynb #721d0837
+# %% ../nbs/10_train.ipynb #a9b30b63
 def learning_rate(
     step:int,       # from 0
     recipe:Recipe,
@@ -190,7 +190,7 @@ def learning_rate(
     if done < warmup: return recipe.lr*done/warmup
     return recipe.lr*.5*(1 + cos(pi*(done - warmup)/(1 - warmup)))
 
-# %% ../nbs/10_train.ipynb #9b473b32
+# %% ../nbs/10_train.ipynb #b8d997e3
 def check_losses(step:int, parts:dict[str, dict[str, float]]):
     "Raise `BadInput` that names the teacher whose loss is not finite."
     for name, pair in parts.items():
@@ -198,7 +198,13 @@ def check_losses(step:int, parts:dict[str, dict[str, float]]):
             if not isfinite(value):
                 raise BadInput(f'step {step}: the {kind} loss of teacher {name} is {value}; try a lower lr, or leave this teacher out')
 
-# %% ../nbs/10_train.ipynb #8c769f9f
+# %% ../nbs/10_train.ipynb #deb44dd8
+def check_width(step:int, name:str, spatial:Tensor, normalizer:Normalizer):
+    "Raise `BadInput` that names a teacher whose grid does not fit its normalizer."
+    fitted = normalizer.weight.shape[-1] if normalizer.weight.ndim else spatial.shape[-1]
+    if spatial.shape[-1] != fitted:
+        raise BadInput(f'step {step}: teacher {name} gives {spatial.shape[-1]} channels, and gave {fitted} when its statistics were taken')
+
 class Step(nn.Module):
     "What is computed of a step before the gradient: a student's answers, compared with its teachers'."
     def __init__(self, student:nn.Module, loss:MultiTeacherLoss, recipe:Recipe, flow:Flow|None):
@@ -240,8 +246,9 @@ class Trainer:
         self.step = 0
 
     def targets(self, images)->dict[str, Features]:
-        "What the teachers say, with their grids normalized."
+        "What the teachers say, with their grids normalized. Raises `BadInput` where a grid has another width than it had."
         said = {name: teacher(images) for name, teacher in self.teachers.items()}
+        for name, (_, spatial) in said.items(): check_width(self.step, name, spatial, self.normalizers[name])
         return {name: Features(summary, self.normalizers[name](spatial)) for name, (summary, spatial) in said.items()}
 
     def __call__(self, images)->dict: # images (B, 3, H, W) uint8, this process's part of the batch
@@ -289,7 +296,7 @@ class Trainer:
         self.optimizer.load_state_dict(state['optimizer'])
         self.loss.load_state_dict(state['loss'])
 
-# %% ../nbs/10_train.ipynb #975ef41c
+# %% ../nbs/10_train.ipynb #d61826c5
 def shrink(images:Tensor, size:int)->Tensor:
     "Images as squares of `size` pixels."
     return images if images.shape[-1] == size else F.interpolate(images, (size, size), mode='bilinear', antialias=True)
@@ -301,16 +308,21 @@ def teacher_weights(recipe:Recipe, names:list[str])->tuple[dict[str, float], dic
         return dict(zip(names, weights or [1.]*len(names)))
     return by_name('summary_weights', recipe.summary_weights), by_name('spatial_weights', recipe.spatial_weights)
 
-# %% ../nbs/10_train.ipynb #d57acef2
+# %% ../nbs/10_train.ipynb #df8ba0f8
 def save_checkpoint(
     folder:Path,  # made if it is not there
     state:dict,   # with an entry 'step'
     keep:int=2,   # how many of the newest to keep
 )->Path:
-    "Write a checkpoint in one piece and remove those that are too old."
+    "Write a checkpoint in one piece and remove those that are too old. Raises `BadInput` where it cannot be written."
     Path(folder).mkdir(parents=True, exist_ok=True)
     path = Path(folder)/f'{state["step"]:08d}.pt'
-    torch.save(state, path.with_suffix('.part'))
+    try: torch.save(state, path.with_suffix('.part'))
+    except (OSError, RuntimeError) as e:   # RuntimeError is how torch says that the disk is full
+        path.with_suffix('.part').unlink(missing_ok=True)
+        before = max(Path(folder).glob('*.pt'), default='none')
+        raise BadInput(f'{path} could not be written ({str(e).splitlines()[0][:100]}); the last whole checkpoint is {before}. '
+                       'Make room and add --resume') from e
     os.replace(path.with_suffix('.part'), path)
     for old in sorted(Path(folder).glob('*.pt'))[:-keep]: old.unlink()
     return path
@@ -321,7 +333,7 @@ def load_checkpoint(folder:Path)->dict|None:
         try: return torch.load(path, weights_only=True, map_location='cpu')
         except Exception as e: print(f'{path} is damaged ({str(e).splitlines()[0][:80]}); trying the one before', file=sys.stderr)
 
-# %% ../nbs/10_train.ipynb #290047e2
+# %% ../nbs/10_train.ipynb #c57ad946
 class Progress:
     "Shows a loop's rate and time left: a bar on a terminal, else a line every half minute and at the end."
     def __init__(self,
@@ -349,7 +361,7 @@ class Progress:
             left = time.strftime('%H:%M:%S', time.gmtime((self.total - step)/rate))
             print(f'{self.what} {step}/{self.total}  {rate:.2f}/s  {left} left  {note}', file=sys.stderr, flush=True)
 
-# %% ../nbs/10_train.ipynb #3f9d67c2
+# %% ../nbs/10_train.ipynb #679377c4
 class Stopped(Exception):
     "A run was asked to stop and has written a checkpoint; the message says how to go on."
 
@@ -364,7 +376,7 @@ def stop_flag():
     finally:
         for sig, handler in before.items(): signal.signal(sig, handler)
 
-# %% ../nbs/10_train.ipynb #e2dbd0c9
+# %% ../nbs/10_train.ipynb #042d021c
 class Prepared(NamedTuple):
     "What a recipe names, loaded."
     teachers: dict[str, Teacher]
@@ -389,7 +401,7 @@ def prepare(recipe:Recipe, device:torch.device|None=None)->Prepared:
     teachers = {name: load_teacher(spec, name=name).to(device) for name, spec in names.items()}
     return Prepared(teachers, train, held, max(recipe.size, *(t.size for t in teachers.values())), device)
 
-# %% ../nbs/10_train.ipynb #9911942c
+# %% ../nbs/10_train.ipynb #13a10bb7
 def new_student(
     recipe:Recipe,
     widths:dict[str, tuple[int, int]], # of every teacher's summary and grid
@@ -401,7 +413,7 @@ def new_student(
     bottleneck = bool(recipe.information and recipe.bottleneck)
     return Student(recipe.student, widths, recipe.stem, recipe.head_width, depth=recipe.depth, bottleneck=bottleneck)
 
-# %% ../nbs/10_train.ipynb #7ffbd878
+# %% ../nbs/10_train.ipynb #f4fce4a8
 def check_folder(recipe:Recipe, resume:bool)->Path:
     "The folder of a run. Raises `BadInput` where it belongs to another run, or to something else."
     out = Path(recipe.out)
@@ -416,7 +428,7 @@ def finished(out:Path)->bool:
     "Whether a run folder holds a trained student."
     return (Path(out)/'student.safetensors').exists()
 
-# %% ../nbs/10_train.ipynb #e82a39ba
+# %% ../nbs/10_train.ipynb #7a01987b
 def take_statistics(recipe:Recipe, ready:Prepared, crops:Crops, out:Path, engine:Accelerator):
     "Measure the teachers, fit their normalizers and write both to `statistics.safetensors`; every process takes its part."
     progress = Progress(recipe.statistics_steps, what='statistics', quiet=not engine.is_main_process)
@@ -445,7 +457,7 @@ def keep_statistics(recipe:Recipe, ready:Prepared, statistics:dict[str, Statisti
     save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, out/'statistics.part')
     os.replace(out/'statistics.part', out/'statistics.safetensors')
 
-# %% ../nbs/10_train.ipynb #eef69952
+# %% ../nbs/10_train.ipynb #2cfbbf67
 SAMPLE = 20_000  # vectors of each teacher to train its modules on
 
 def fit_teacher(name:str, x:Tensor, recipe:Recipe)->tuple[RateDistortion, dict]: # x: normalized vectors (n, D)
@@ -463,7 +475,7 @@ def load_flow(recipe:Recipe, names:list[str], out:Path)->Flow|None:
     _, weights = teacher_weights(recipe, names)
     return Flow(modules, weights, recipe.information_weight, recipe.bottleneck, recipe.kd_dropout, METHODS[recipe.method].spatial)
 
-# %% ../nbs/10_train.ipynb #c91496b6
+# %% ../nbs/10_train.ipynb #2ab29753
 def load_normalizers(recipe:Recipe, widths:dict[str, tuple[int, int]], out:Path)->dict[str, Normalizer]:
     "The normalizers of a run, by teacher."
     tensors, normalizers = load_file(out/'statistics.safetensors'), {}
@@ -473,7 +485,7 @@ def load_normalizers(recipe:Recipe, widths:dict[str, tuple[int, int]], out:Path)
         normalizers[name].load_state_dict({k[len(prefix):]: t for k, t in tensors.items() if k.startswith(prefix)})
     return normalizers
 
-# %% ../nbs/10_train.ipynb #87c17939
+# %% ../nbs/10_train.ipynb #ed2b8ef6
 def start_trainer(recipe:Recipe, ready:Prepared, crops:Crops, out:Path, engine:Accelerator)->tuple[Trainer, dict[str, str]]:
     "A trainer at its first step or where the last checkpoint left it, and the images skipped until then."
     if not (out/'statistics.safetensors').exists(): take_statistics(recipe, ready, crops, out, engine)
@@ -485,7 +497,7 @@ def start_trainer(recipe:Recipe, ready:Prepared, crops:Crops, out:Path, engine:A
     trainer.load_state_dict(state['trainer'])
     return trainer, state['skipped']
 
-# %% ../nbs/10_train.ipynb #4980d9fd
+# %% ../nbs/10_train.ipynb #c3bf7b6b
 def metrics_file(out:Path, step:int):
     "`metrics.jsonl` opened for appending after the line of `step`."
     path = Path(out)/'metrics.jsonl'
@@ -493,7 +505,7 @@ def metrics_file(out:Path, step:int):
     path.write_text(''.join(lines))
     return path.open('a', buffering=1)
 
-# %% ../nbs/10_train.ipynb #defef7bf
+# %% ../nbs/10_train.ipynb #d020edf7
 def distill(
     recipe:Recipe,
     resume:bool=False,  # go on with an unfinished run in the same folder
@@ -516,7 +528,16 @@ def distill(
     engine.wait_for_everyone()
     return out
 
-# %% ../nbs/10_train.ipynb #5c26ce61
+# %% ../nbs/10_train.ipynb #06f0d244
+@contextmanager
+def _dead_workers_named():
+    try: yield
+    except RuntimeError as e:
+        if 'DataLoader worker' not in str(e): raise
+        raise BadInput(f'a process that decodes images died ({str(e).splitlines()[0][:100]}); the last checkpoint is whole: '
+                       'add --resume, with fewer --workers if memory was short') from e
+
+# %% ../nbs/10_train.ipynb #4b764b42
 def _loop(trainer, crops, skipped, stop, out):
     recipe, engine, main = trainer.recipe, trainer.engine, trainer.engine.is_main_process
     def everyones(): return {path: why for one in gather_object([skipped]) for path, why in one.items()}
@@ -524,7 +545,7 @@ def _loop(trainer, crops, skipped, stop, out):
         state = {'step': trainer.step, 'trainer': trainer.state_dict(), 'skipped': everyones()}
         if main: save_checkpoint(out/'checkpoints', state, recipe.keep)
     progress, part = Progress(recipe.steps, trainer.step, quiet=not main), {'rank': engine.process_index, 'world': engine.num_processes}
-    with metrics_file(out, trainer.step) if main else nullcontext() as metrics:
+    with (metrics_file(out, trainer.step) if main else nullcontext()) as metrics, _dead_workers_named():
         for batch in image_batches(crops, recipe.batch_size, recipe.steps, trainer.step, recipe.workers, **part):
             skipped.update(batch.skipped)
             begun = time.time()

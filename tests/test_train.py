@@ -1,10 +1,12 @@
 "What a run survives: kills, signals, damaged checkpoints, teachers that go mad."
 import json
+import resource
 import signal
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from conftest import SMALL
@@ -12,8 +14,9 @@ from conftest import SMALL
 from radio_nb.cli import main
 from radio_nb.features import BadInput, Features
 from radio_nb.moments import NonFinite
+from radio_nb.normalizers import Normalizer
 from radio_nb.student import Student
-from radio_nb.train import check_losses, measure
+from radio_nb.train import check_losses, check_width, load_checkpoint, measure
 
 
 def start(*args):
@@ -82,3 +85,36 @@ def test_a_teacher_that_gives_nan_is_named_before_the_statistics_are_spoilt():
 def test_a_loss_that_is_not_finite_names_the_teacher():
     with pytest.raises(BadInput, match='step 3: the spatial loss of teacher mad is nan'):
         check_losses(3, {'sane': {'summary': .1, 'spatial': .2}, 'mad': {'summary': .1, 'spatial': float('nan')}})
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(run, tmp_path):
+    "A limit on the size of files stands in for a full disk: the weights do not fit, the log does."
+    out = tmp_path/'run'
+    main(['distill', *SMALL, '--steps', '2', '--out', str(tmp_path/'two')])
+    size = (tmp_path/'two'/'checkpoints'/'00000002.pt').stat().st_size
+    process = start('distill', *SMALL, '--out', out)
+    wait_for(out/'checkpoints'/'00000002.pt')
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size//2, size//2))
+    _, error = process.communicate(timeout=120)
+    if process.returncode == 0: pytest.skip('the run was over before the disk was full')
+    last = error.strip().splitlines()[-1]
+    assert process.returncode == 2 and 'Traceback' not in error
+    assert 'could not be written' in last and 'the last whole checkpoint is' in last
+    assert not list((out/'checkpoints').glob('*.part'))
+    assert all(torch.load(path, weights_only=True)['step'] for path in (out/'checkpoints').glob('*.pt'))
+    main(['distill', *SMALL, '--out', str(out), '--resume'])
+    assert same_weights(out, run[0])
+
+
+def test_a_dead_worker_is_reported_in_one_line(tmp_path):
+    process = start('distill', *SMALL, '--steps', '500', '--workers', '1', '--out', tmp_path/'run')
+    wait_for(tmp_path/'run'/'checkpoints'/'00000002.pt')
+    for child in psutil.Process(process.pid).children(): child.kill()
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 2 and 'a process that decodes images died' in error and 'Traceback' not in error
+    assert load_checkpoint(tmp_path/'run'/'checkpoints')['step'] >= 2
+
+
+def test_a_teacher_that_changes_its_width_is_named():
+    with pytest.raises(BadInput, match='step 7: teacher fickle gives 5 channels, and gave 3 when'):
+        check_width(7, 'fickle', torch.rand(1, 2, 2, 5), Normalizer.blank('phi-s', 3))
