@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SAMPLE', 'Recipe', 'recipe_toml', 'read_recipe', 'difference', 'teacher_names', 'new_engine', 'Statistics', 'pooled',
-           'measure', 'some_places', 'learning_rate', 'check_losses', 'check_width', 'Step', 'Trainer', 'shrink',
-           'teacher_weights', 'save_checkpoint', 'load_checkpoint', 'Progress', 'Stopped', 'stop_flag', 'Prepared',
-           'best_device', 'prepare', 'new_student', 'check_folder', 'finished', 'take_statistics', 'keep_statistics',
-           'fit_teacher', 'load_flow', 'load_normalizers', 'start_trainer', 'metrics_file', 'distill']
+           'measure', 'some_places', 'learning_rate', 'check_losses', 'check_width', 'Step', 'logged', 'Trainer',
+           'shrink', 'teacher_weights', 'save_checkpoint', 'load_checkpoint', 'Progress', 'Stopped', 'stop_flag',
+           'Prepared', 'best_device', 'prepare', 'new_student', 'check_folder', 'finished', 'take_statistics',
+           'keep_statistics', 'fit_teacher', 'load_flow', 'load_normalizers', 'start_trainer', 'metrics_file',
+           'distill']
 
-# %% ../nbs/10_train.ipynb #97cc593a
+# %% ../nbs/10_train.ipynb #d8979ba2
 import json
 import os
 import signal
@@ -49,7 +50,7 @@ from .teachers import Teacher, load_teacher, parse_spec
 if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
 
-# %% ../nbs/10_train.ipynb #32b7aabf
+# %% ../nbs/10_train.ipynb #b9ee0e6a
 @dataclass(frozen=True)
 class Recipe:
     "What to distil, and how."
@@ -86,7 +87,7 @@ class Recipe:
     checkpoint_every: int = 100         # steps between checkpoints
     keep: int = 2                       # how many checkpoints to keep
 
-# %% ../nbs/10_train.ipynb #ce8fb745
+# %% ../nbs/10_train.ipynb #2872800b
 def recipe_toml(recipe:Recipe)->str:
     "A recipe as TOML."
     return tomli_w.dumps({key: list(value) if isinstance(value, tuple) else value for key, value in asdict(recipe).items()})
@@ -101,7 +102,7 @@ def read_recipe(path:Path)->dict:
         if key not in known: raise unknown(f'field in {path}', key, known)
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
-# %% ../nbs/10_train.ipynb #bf14092f
+# %% ../nbs/10_train.ipynb #c8dd1df8
 _may_differ = {'out', 'device', 'workers', 'checkpoint_every', 'keep'}
 
 def difference(
@@ -114,7 +115,7 @@ def difference(
         if mine != theirs and field.name not in _may_differ: return f'{field.name} is {mine!r} here and {theirs!r} there'
     return ''
 
-# %% ../nbs/10_train.ipynb #c0b587c6
+# %% ../nbs/10_train.ipynb #76c9b1d1
 def teacher_names(
     specs:tuple[str, ...],
 )->dict[str, str]: # from short names to specs, in order
@@ -127,7 +128,7 @@ def teacher_names(
     names = [short(spec) for spec in specs]
     return {short if names.count(short) == 1 else spec: spec for short, spec in zip(names, specs)}
 
-# %% ../nbs/10_train.ipynb #a328b680
+# %% ../nbs/10_train.ipynb #e1c1e30e
 def new_engine(
     device:torch.device,
     unused:bool=False,  # whether the student has parts without a gradient, such as the grid's head of a teacher with weight 0
@@ -136,7 +137,7 @@ def new_engine(
     how = DistributedDataParallelKwargs(find_unused_parameters=unused)
     return Accelerator(cpu=device.type == 'cpu', device_placement=False, kwargs_handlers=[how])
 
-# %% ../nbs/10_train.ipynb #5b00d425
+# %% ../nbs/10_train.ipynb #c58cf7bd
 class Statistics(NamedTuple):
     "What is known of a teacher's features before training."
     spatial: Moments   # of its grid, over images and places
@@ -180,7 +181,7 @@ def some_places(spatial:Tensor, n:int)->Tensor: # spatial: (B, H, W, D)
     places = uniform(*rows.shape[:2], device=rows.device).argsort(1)[:, :n]
     return rows.gather(1, places[..., None].expand(-1, -1, rows.shape[2])).flatten(0, 1)
 
-# %% ../nbs/10_train.ipynb #a9b30b63
+# %% ../nbs/10_train.ipynb #20d128db
 def learning_rate(
     step:int,       # from 0
     recipe:Recipe,
@@ -190,7 +191,7 @@ def learning_rate(
     if done < warmup: return recipe.lr*done/warmup
     return recipe.lr*.5*(1 + cos(pi*(done - warmup)/(1 - warmup)))
 
-# %% ../nbs/10_train.ipynb #b8d997e3
+# %% ../nbs/10_train.ipynb #fd68394f
 def check_losses(step:int, parts:dict[str, dict[str, float]]):
     "Raise `BadInput` that names the teacher whose loss is not finite."
     for name, pair in parts.items():
@@ -198,13 +199,14 @@ def check_losses(step:int, parts:dict[str, dict[str, float]]):
             if not isfinite(value):
                 raise BadInput(f'step {step}: the {kind} loss of teacher {name} is {value}; try a lower lr, or leave this teacher out')
 
-# %% ../nbs/10_train.ipynb #deb44dd8
+# %% ../nbs/10_train.ipynb #febc421d
 def check_width(step:int, name:str, spatial:Tensor, normalizer:Normalizer):
     "Raise `BadInput` that names a teacher whose grid does not fit its normalizer."
     fitted = normalizer.weight.shape[-1] if normalizer.weight.ndim else spatial.shape[-1]
     if spatial.shape[-1] != fitted:
         raise BadInput(f'step {step}: teacher {name} gives {spatial.shape[-1]} channels, and gave {fitted} when its statistics were taken')
 
+# %% ../nbs/10_train.ipynb #b635dc31
 class Step(nn.Module):
     "What is computed of a step before the gradient: a student's answers, compared with its teachers'."
     def __init__(self, student:nn.Module, loss:MultiTeacherLoss, recipe:Recipe, flow:Flow|None):
@@ -225,6 +227,22 @@ class Step(nn.Module):
             more, others = self.flow(said, targets, self.bottleneck, kept)
         return own + more, {name: parts[name] | others[name] for name in parts}
 
+# %% ../nbs/10_train.ipynb #90b8a4cd
+def logged(
+    engine:Accelerator,
+    total:Tensor,
+    parts:dict[str, dict[str, Tensor]], # by teacher and kind
+    bits:Tensor|None=None,              # of the student's vectors, where it has a bottleneck
+)->dict:
+    "A line for the log: `loss`, `teachers`, and `bits` where there are some."
+    named = {(name, kind): value for name, pair in parts.items() for kind, value in pair.items()}
+    values = [*named.values(), total] + ([] if bits is None else [bits.mean()])
+    values = engine.reduce(torch.stack([value.detach().float() for value in values]), 'mean').tolist()
+    line = {'loss': values[len(named)], 'teachers': {name: {} for name in parts}}
+    for (name, kind), value in zip(named, values): line['teachers'][name][kind] = value
+    return line if bits is None else line | {'bits': values[-1]}
+
+# %% ../nbs/10_train.ipynb #95eeab45
 class Trainer:
     "A student, its teachers and all that changes while it learns, in one process or several."
     def __init__(self,
@@ -258,22 +276,12 @@ class Trainer:
         torch.manual_seed(self.recipe.seed*1_000_003 + self.step)
         self.parts.train()
         with as_share(self.engine.process_index, self.engine.num_processes): total, parts = self.parts(images, targets)
-        line = self._line(total, parts)
+        bottleneck = getattr(self.student, 'bottleneck', None)
+        line = logged(self.engine, total, parts, bottleneck and bottleneck.bits)
         check_losses(self.step, line['teachers'])
         line['lr'] = self._update(total)
         self.step += 1
         return {'step': self.step} | line
-
-    def _line(self, total, parts):
-        "The losses as numbers, averaged over the processes."
-        named = {(name, kind): value for name, pair in parts.items() for kind, value in pair.items()}
-        bottleneck = getattr(self.student, 'bottleneck', None)
-        more = [] if bottleneck is None else [bottleneck.bits.mean()]
-        values = torch.stack([value.detach().float() for value in (*named.values(), total, *more)])
-        values = self.engine.reduce(values, 'mean').tolist()
-        line = {'loss': values[len(named)], 'teachers': {name: {} for name in parts}}
-        for (name, kind), value in zip(named, values): line['teachers'][name][kind] = value
-        return line | ({'bits': values[-1]} if more else {})
 
     def _update(self, total):
         lr = learning_rate(self.step, self.recipe)
@@ -296,7 +304,7 @@ class Trainer:
         self.optimizer.load_state_dict(state['optimizer'])
         self.loss.load_state_dict(state['loss'])
 
-# %% ../nbs/10_train.ipynb #d61826c5
+# %% ../nbs/10_train.ipynb #86de7096
 def shrink(images:Tensor, size:int)->Tensor:
     "Images as squares of `size` pixels."
     return images if images.shape[-1] == size else F.interpolate(images, (size, size), mode='bilinear', antialias=True)
@@ -308,7 +316,7 @@ def teacher_weights(recipe:Recipe, names:list[str])->tuple[dict[str, float], dic
         return dict(zip(names, weights or [1.]*len(names)))
     return by_name('summary_weights', recipe.summary_weights), by_name('spatial_weights', recipe.spatial_weights)
 
-# %% ../nbs/10_train.ipynb #df8ba0f8
+# %% ../nbs/10_train.ipynb #00ba12fe
 def save_checkpoint(
     folder:Path,  # made if it is not there
     state:dict,   # with an entry 'step'
@@ -333,7 +341,7 @@ def load_checkpoint(folder:Path)->dict|None:
         try: return torch.load(path, weights_only=True, map_location='cpu')
         except Exception as e: print(f'{path} is damaged ({str(e).splitlines()[0][:80]}); trying the one before', file=sys.stderr)
 
-# %% ../nbs/10_train.ipynb #c57ad946
+# %% ../nbs/10_train.ipynb #1fbabeea
 class Progress:
     "Shows a loop's rate and time left: a bar on a terminal, else a line every half minute and at the end."
     def __init__(self,
@@ -361,7 +369,7 @@ class Progress:
             left = time.strftime('%H:%M:%S', time.gmtime((self.total - step)/rate))
             print(f'{self.what} {step}/{self.total}  {rate:.2f}/s  {left} left  {note}', file=sys.stderr, flush=True)
 
-# %% ../nbs/10_train.ipynb #679377c4
+# %% ../nbs/10_train.ipynb #c2cbe003
 class Stopped(Exception):
     "A run was asked to stop and has written a checkpoint; the message says how to go on."
 
@@ -376,7 +384,7 @@ def stop_flag():
     finally:
         for sig, handler in before.items(): signal.signal(sig, handler)
 
-# %% ../nbs/10_train.ipynb #042d021c
+# %% ../nbs/10_train.ipynb #852f018d
 class Prepared(NamedTuple):
     "What a recipe names, loaded."
     teachers: dict[str, Teacher]
@@ -401,7 +409,7 @@ def prepare(recipe:Recipe, device:torch.device|None=None)->Prepared:
     teachers = {name: load_teacher(spec, name=name).to(device) for name, spec in names.items()}
     return Prepared(teachers, train, held, max(recipe.size, *(t.size for t in teachers.values())), device)
 
-# %% ../nbs/10_train.ipynb #13a10bb7
+# %% ../nbs/10_train.ipynb #68a38c4e
 def new_student(
     recipe:Recipe,
     widths:dict[str, tuple[int, int]], # of every teacher's summary and grid
@@ -413,7 +421,7 @@ def new_student(
     bottleneck = bool(recipe.information and recipe.bottleneck)
     return Student(recipe.student, widths, recipe.stem, recipe.head_width, depth=recipe.depth, bottleneck=bottleneck)
 
-# %% ../nbs/10_train.ipynb #f4fce4a8
+# %% ../nbs/10_train.ipynb #fd55c351
 def check_folder(recipe:Recipe, resume:bool)->Path:
     "The folder of a run. Raises `BadInput` where it belongs to another run, or to something else."
     out = Path(recipe.out)
@@ -428,7 +436,7 @@ def finished(out:Path)->bool:
     "Whether a run folder holds a trained student."
     return (Path(out)/'student.safetensors').exists()
 
-# %% ../nbs/10_train.ipynb #7a01987b
+# %% ../nbs/10_train.ipynb #c2a3db3f
 def take_statistics(recipe:Recipe, ready:Prepared, crops:Crops, out:Path, engine:Accelerator):
     "Measure the teachers, fit their normalizers and write both to `statistics.safetensors`; every process takes its part."
     progress = Progress(recipe.statistics_steps, what='statistics', quiet=not engine.is_main_process)
@@ -457,7 +465,7 @@ def keep_statistics(recipe:Recipe, ready:Prepared, statistics:dict[str, Statisti
     save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, out/'statistics.part')
     os.replace(out/'statistics.part', out/'statistics.safetensors')
 
-# %% ../nbs/10_train.ipynb #2cfbbf67
+# %% ../nbs/10_train.ipynb #fefa02e8
 SAMPLE = 20_000  # vectors of each teacher to train its modules on
 
 def fit_teacher(name:str, x:Tensor, recipe:Recipe)->tuple[RateDistortion, dict]: # x: normalized vectors (n, D)
@@ -475,7 +483,7 @@ def load_flow(recipe:Recipe, names:list[str], out:Path)->Flow|None:
     _, weights = teacher_weights(recipe, names)
     return Flow(modules, weights, recipe.information_weight, recipe.bottleneck, recipe.kd_dropout, METHODS[recipe.method].spatial)
 
-# %% ../nbs/10_train.ipynb #2ab29753
+# %% ../nbs/10_train.ipynb #61b9cd81
 def load_normalizers(recipe:Recipe, widths:dict[str, tuple[int, int]], out:Path)->dict[str, Normalizer]:
     "The normalizers of a run, by teacher."
     tensors, normalizers = load_file(out/'statistics.safetensors'), {}
@@ -485,7 +493,7 @@ def load_normalizers(recipe:Recipe, widths:dict[str, tuple[int, int]], out:Path)
         normalizers[name].load_state_dict({k[len(prefix):]: t for k, t in tensors.items() if k.startswith(prefix)})
     return normalizers
 
-# %% ../nbs/10_train.ipynb #ed2b8ef6
+# %% ../nbs/10_train.ipynb #0dbea465
 def start_trainer(recipe:Recipe, ready:Prepared, crops:Crops, out:Path, engine:Accelerator)->tuple[Trainer, dict[str, str]]:
     "A trainer at its first step or where the last checkpoint left it, and the images skipped until then."
     if not (out/'statistics.safetensors').exists(): take_statistics(recipe, ready, crops, out, engine)
@@ -497,7 +505,7 @@ def start_trainer(recipe:Recipe, ready:Prepared, crops:Crops, out:Path, engine:A
     trainer.load_state_dict(state['trainer'])
     return trainer, state['skipped']
 
-# %% ../nbs/10_train.ipynb #c3bf7b6b
+# %% ../nbs/10_train.ipynb #53254990
 def metrics_file(out:Path, step:int):
     "`metrics.jsonl` opened for appending after the line of `step`."
     path = Path(out)/'metrics.jsonl'
@@ -505,7 +513,7 @@ def metrics_file(out:Path, step:int):
     path.write_text(''.join(lines))
     return path.open('a', buffering=1)
 
-# %% ../nbs/10_train.ipynb #d020edf7
+# %% ../nbs/10_train.ipynb #544721fc
 def distill(
     recipe:Recipe,
     resume:bool=False,  # go on with an unfinished run in the same folder
@@ -528,7 +536,7 @@ def distill(
     engine.wait_for_everyone()
     return out
 
-# %% ../nbs/10_train.ipynb #06f0d244
+# %% ../nbs/10_train.ipynb #bdaa1092
 @contextmanager
 def _dead_workers_named():
     try: yield
@@ -537,7 +545,7 @@ def _dead_workers_named():
         raise BadInput(f'a process that decodes images died ({str(e).splitlines()[0][:100]}); the last checkpoint is whole: '
                        'add --resume, with fewer --workers if memory was short') from e
 
-# %% ../nbs/10_train.ipynb #4b764b42
+# %% ../nbs/10_train.ipynb #197b9678
 def _loop(trainer, crops, skipped, stop, out):
     recipe, engine, main = trainer.recipe, trainer.engine, trainer.engine.is_main_process
     def everyones(): return {path: why for one in gather_object([skipped]) for path, why in one.items()}
