@@ -4,14 +4,14 @@
 
 The two take their steps in turns, in one run; a ratio is that of their fastest steps.
 """
-import argparse
+import argparse  # noqa: I001
 
+import radio_nb  # noqa: F401  before timm, so that torchvision can be imported
 import timm.optim
 import torch
 import torch.nn.functional as F
 from timing import ratio, report
 
-import radio_nb  # noqa: F401  before timm, so that torchvision can be imported
 from radio_nb.losses import spatial_loss, summary_loss
 from radio_nb.normalizers import fit_normalizer
 from radio_nb.student import Student
