@@ -4,10 +4,8 @@
 
 The second table holds ratios of times measured in one run; above 1 `fwht` is faster than `x @ H`.
 """
-import argparse
-
 import torch
-from timing import fastest
+from timing import arguments, fastest
 
 from radio_nb.hadamard import fwht, hadamard, is_known_order, recipe
 
@@ -24,16 +22,8 @@ def known_orders(last=2048):
     return [n for n in range(1, last + 1) if is_known_order(n)]
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument('--numbers', type=int, default=2**22, help='rows × width of the batch')
-parser.add_argument('--threads', type=int, default=1)
-parser.add_argument('--device', default='cpu')
-parser.add_argument('--dtype', default='float32')
-args = parser.parse_args()
-torch.set_num_threads(args.threads)
+args = arguments(__doc__, threads=1, numbers=2**22, dtype='float32')
 dtype = getattr(torch, args.dtype)
-
-print(f'torch {torch.__version__}, {args.threads} thread(s), {args.device}, {args.dtype}\n')
 print(f'is_known_order up to 2048: {1000*fastest(known_orders, repeats=3):.0f} ms')
 for order in (768, 1024, 1280, 1536, 2048, 4096, 6144, 8192):
     print(f'hadamard({order}): {1000*fastest(build, order, repeats=3):.0f} ms')

@@ -6,22 +6,14 @@ Both steps train the same student on the same batch, towards cached embeddings a
 runs three frozen rate–distortion modules on those embeddings, learns from them, and has a bottleneck. (The paper's own
 figure is 1.08.) The steps are taken in turns.
 """
-import argparse
-
 import torch
-from timing import ratio, report
+from timing import arguments, ratio, report
 from torch import nn
 
 from radio_nb.information import Bottleneck, ControlledFlowLoss, RateDistortion, Said
 from radio_nb.zoo import CifarResNet
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument('--batch', type=int, default=128)
-parser.add_argument('--threads', type=int, default=torch.get_num_threads())
-parser.add_argument('--device', default='cpu')
-args = parser.parse_args()
-torch.set_num_threads(args.threads)
-print(f'torch {torch.__version__}, {args.threads} thread(s), {args.device}, batch {args.batch}\n')
+args = arguments(__doc__, batch=128)
 
 
 class Embedder(nn.Module):

@@ -5,10 +5,8 @@
 A ratio is of the fastest of nine runs each, taken in turns. The bare product of `Moments.update` gets its vectors in
 float64 already, so the conversion, the mean and the subtraction are ours to pay.
 """
-import argparse
-
 import torch
-from timing import fastest, ratio, report
+from timing import arguments, fastest, ratio, report
 
 import radio_nb.phi_s  # noqa: F401  registers phi-s
 from radio_nb.hadamard import hadamard, recipe
@@ -43,13 +41,7 @@ def phi_s_cost(x):
     return ratio(lambda: phi_s(x), lambda: x @ weight)
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument('--rows', type=int, default=100_000)
-parser.add_argument('--threads', type=int, default=torch.get_num_threads())
-parser.add_argument('--device', default='cpu')
-args = parser.parse_args()
-torch.set_num_threads(args.threads)
-print(f'torch {torch.__version__}, {args.threads} thread(s), {args.device}, {args.rows} rows\n')
+args = arguments(__doc__, rows=100_000)
 
 for width in WIDTHS:
     cost = update_cost(features(args.rows, width, args.device))

@@ -4,19 +4,18 @@
 
 The two take their steps in turns, in one run; a ratio is that of their fastest steps.
 """
-import argparse  # noqa: I001
-
-import radio_nb  # noqa: F401  before timm, so that torchvision can be imported
+import radio_nb  # noqa: F401, I001  before timm, so that torchvision can be imported
 import timm.optim
 import torch
 import torch.nn.functional as F
-from timing import ratio, report
+from timing import arguments, ratio, report
 
 from radio_nb.losses import spatial_loss, summary_loss
 from radio_nb.normalizers import fit_normalizer
+from radio_nb.statistics import measure
 from radio_nb.student import Student
 from radio_nb.teachers import load_teacher
-from radio_nb.train import Recipe, Trainer, measure
+from radio_nb.train import Recipe, Trainer
 
 SIZE, SPECS = 160, {'efficientnet-lite0': 'zoo:efficientnet-lite0#160', 'u2netp': 'zoo:u2netp#128'}
 
@@ -47,15 +46,8 @@ def bare_step(teachers, normalizers, images, device):
     return step
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument('--batch', type=int, default=8)
-parser.add_argument('--steps', type=int, default=12)
-parser.add_argument('--threads', type=int, default=torch.get_num_threads())
-parser.add_argument('--device', default='cpu')
-args = parser.parse_args()
-torch.set_num_threads(args.threads)
+args = arguments(__doc__, batch=8, steps=12)
 device = torch.device(args.device)
-print(f'torch {torch.__version__}, {args.threads} thread(s), {args.device}, batch {args.batch}\n')
 
 teachers = {name: load_teacher(spec, name=name).to(device) for name, spec in SPECS.items()}
 images = torch.randint(256, (args.batch, 3, 224, 224), dtype=torch.uint8, device=device)

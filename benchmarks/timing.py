@@ -1,7 +1,19 @@
 """What the benchmarks share: the time of a call, and the ratio of two measured in turns."""
+import argparse
 import time
 
 import torch
+
+
+def arguments(doc, threads=None, **options):
+    "The options of a benchmark, all of them numbers or words with a default; sets the threads and says what it runs on."
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = {'threads': threads or torch.get_num_threads(), 'device': 'cpu'} | options
+    for name, default in options.items(): parser.add_argument(f'--{name}', type=type(default), default=default)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(f'torch {torch.__version__}, ' + ', '.join(f'{name} {value}' for name, value in vars(args).items()) + '\n')
+    return args
 
 
 def seconds(f, *args):

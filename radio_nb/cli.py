@@ -7,7 +7,7 @@ __all__ = ['DEMO', 'header', 'explanation', 'readable', 'judge', 'students', 'ju
            'feature_maps', 'in_words', 'information_blocks', 'write_report', 'as_flags', 'expand', 'distill_command',
            'show_finished', 'say_result', 'evaluate_command', 'teacher_row', 'teachers_command', 'main']
 
-# %% ../nbs/17_cli.ipynb #b5484b22
+# %% ../nbs/17_cli.ipynb #6197e4b6
 import json
 import os
 import sys
@@ -29,18 +29,20 @@ from .data import Crops, Unreadable, centre_crop, decode, image_batches, open_im
 from .features import BadInput
 from .match import Constant, teacher_match
 from .pictures import Colours, html_figure, html_image, html_table, loss_curves, page, plain_curve, rate_curves, sheet, tile
+from .recipe import Recipe, difference, read_recipe, recipe_toml
+from .runs import Progress, Stopped, finished
+from .statistics import load_normalizers
 from .student import Student, fold_heads
 from .teachers import TEACHERS, parse_spec
-from .train import (Prepared, Progress, Recipe, Stopped, difference, distill, finished, load_normalizers,
-                            new_student, prepare, read_recipe, recipe_toml, shrink)
+from .train import Prepared, distill, new_student, prepare, shrink
 from .zoo import zoo_model
 
-# %% ../nbs/17_cli.ipynb #4774324f
+# %% ../nbs/17_cli.ipynb #327f91ad
 DEMO = Recipe(images='zoo:photos', out='runs/demo', stem='zoo:efficientnet-lite0', depth=6,
               teachers=('zoo:efficientnet-lite0#160', 'zoo:efficientnet-lite2#160', 'zoo:u2netp#128'),
               size=160, head_width=512, steps=240, batch_size=8, statistics_steps=16, hold_out=8)
 
-# %% ../nbs/17_cli.ipynb #7ad49d06
+# %% ../nbs/17_cli.ipynb #5fd79e1d
 def readable(
     images:Dataset,
     skipped:dict[str, str], # gets the others, with the reason
@@ -56,7 +58,7 @@ def readable(
         raise BadInput(f'none of {len(images)} images can be read; the first: {path} {reason}')
     return images.select(good)
 
-# %% ../nbs/17_cli.ipynb #fc2f1827
+# %% ../nbs/17_cli.ipynb #7223d410
 def judge(
     students:dict,       # by name, from images in [0, 1] to features by teacher
     ready:Prepared,
@@ -76,7 +78,7 @@ def judge(
     def at_its_size(student): return lambda images: student(shrink(images, size))
     return teacher_match({who: at_its_size(student) for who, student in students.items()}, ready.teachers, batches())
 
-# %% ../nbs/17_cli.ipynb #5f8089fd
+# %% ../nbs/17_cli.ipynb #0e4f92ef
 def students(recipe:Recipe, ready:Prepared, out:Path)->dict:
     "The trained student and the two that it is compared with."
     trained = Student.from_pretrained(out).to(ready.device)
@@ -85,7 +87,7 @@ def students(recipe:Recipe, ready:Prepared, out:Path)->dict:
     return {'student': trained, 'untrained': fold_heads(untrained, normalizers),
             'constant': Constant(out/'statistics.safetensors', list(ready.teachers))}
 
-# %% ../nbs/17_cli.ipynb #a86a0ede
+# %% ../nbs/17_cli.ipynb #e053cdfe
 def judge_run(
     recipe:Recipe,
     ready:Prepared,        # what the recipe names
@@ -103,7 +105,7 @@ def judge_run(
     (out/'match.json').write_text(json.dumps(match, indent=2))
     return match
 
-# %% ../nbs/17_cli.ipynb #abc9a7ac
+# %% ../nbs/17_cli.ipynb #0eddf659
 header = ['teacher', 'judged on', 'explained', 'untrained', 'constant', 'grid cos', 'summary cos']
 
 def table_rows(
@@ -117,7 +119,7 @@ def table_rows(
             rows.append([name, what, student['explained'], *others, student['cosine'], student['summary_cosine']])
     return rows
 
-# %% ../nbs/17_cli.ipynb #9fa57e63
+# %% ../nbs/17_cli.ipynb #42c3fe43
 def text_table(header:list[str], rows:list[list])->str:
     "A table for the terminal: words to the left, numbers to the right with three decimals."
     cells = [header, *([f'{v:.3f}' if isinstance(v, float) else str(v) for v in row] for row in rows)]
@@ -126,7 +128,7 @@ def text_table(header:list[str], rows:list[list])->str:
     lines = ['  '.join(c.ljust(w) if l else c.rjust(w) for c, w, l in zip(row, widths, left)) for row in cells]
     return '\n'.join([lines[0], '-'*len(lines[0]), *lines[1:]])
 
-# %% ../nbs/17_cli.ipynb #0f72a287
+# %% ../nbs/17_cli.ipynb #7ef4933f
 def feature_maps(student, ready:Prepared, size:int, images:Dataset, n:int=6):
     "A sheet: one column for each image; its picture, then for every teacher a row of the teacher's map and one of the student's."
     crops = Crops(images, ready.size, crop=centre_crop, shuffle=False)
@@ -139,7 +141,7 @@ def feature_maps(student, ready:Prepared, size:int, images:Dataset, n:int=6):
         rows += [[tile(colours(grid)) for grid in spatial], [tile(colours(grid)) for grid in answers[name].spatial]]
     return sheet(rows)
 
-# %% ../nbs/17_cli.ipynb #383a406a
+# %% ../nbs/17_cli.ipynb #f425c859
 def in_words(match:dict, recipe:Recipe, n_train:int)->str:
     "What the table says, for someone who has not read this book."
     seen = [m['explained'] for m in match['new crops']['student'].values()]
@@ -152,7 +154,7 @@ def in_words(match:dict, recipe:Recipe, n_train:int)->str:
         text += 'The gap between the two says that it has learned these images more than their world: it needs more of them.'
     return text
 
-# %% ../nbs/17_cli.ipynb #4926d60f
+# %% ../nbs/17_cli.ipynb #7997b18d
 def information_blocks(curves:dict, lines:list[dict])->list[str]:
     "Sections of the report on rate–distortion modules and the bottleneck; `curves` is a run's `information.json`."
     points = [(name, curve['width'], p) for name, curve in curves.items() for p in curve['points']]
@@ -168,7 +170,7 @@ def information_blocks(curves:dict, lines:list[dict])->list[str]:
     if 'bits' in lines[0]: blocks += ["<h2>Bits of the student's vectors</h2>", html_figure(plain_curve(lines, 'bits', 'bits of a vector'))]
     return blocks
 
-# %% ../nbs/17_cli.ipynb #fa379409
+# %% ../nbs/17_cli.ipynb #316041be
 explanation = ('Explained is the share of the variance of a teacher\'s grid of features that the student predicts, in the teacher\'s own '
                'space: 1 is perfect, and no constant gets above 0. Untrained is the same student before its first step; constant says '
                'the mean over the training images of everything. The cosines compare directions only, and are high for a constant '
@@ -195,7 +197,7 @@ def write_report(recipe:Recipe, ready:Prepared, out:Path, match:dict)->Path:
     (out/'report.html').write_text(page(f'Distillation of {len(ready.teachers)} teachers', blocks), encoding='utf-8')
     return out/'report.html'
 
-# %% ../nbs/17_cli.ipynb #9b125936
+# %% ../nbs/17_cli.ipynb #bebf3107
 def as_flags(values:dict)->list[str]:
     "The fields of a recipe as flags."
     flags = []
@@ -214,7 +216,7 @@ def expand(
         if flag.startswith('--recipe='): before = as_flags(read_recipe(Path(flag[9:])))
     return ['distill', *before, *args[1:]]
 
-# %% ../nbs/17_cli.ipynb #14fd2f53
+# %% ../nbs/17_cli.ipynb #ab0d2bc5
 def distill_command(
     recipe:tyro.conf.OmitArgPrefixes[Recipe],
     preset:tyro.conf.Positional[Literal['demo', '']]='',  # demo: packaged teachers and photographs, offline, in minutes
@@ -235,7 +237,7 @@ def distill_command(
     say_result(recipe, out, match)
     print(f'\nThis took {time.time() - begun:.0f} s. The report is {report}, the student {out/"student.safetensors"}.')
 
-# %% ../nbs/17_cli.ipynb #2505ebbb
+# %% ../nbs/17_cli.ipynb #24e77265
 def show_finished(recipe:Recipe, out:Path):
     "Say that a run is finished and show its table; make what is missing after a kill at the very end."
     differs = difference(recipe, Recipe(**read_recipe(out/'recipe.toml')))
@@ -255,7 +257,7 @@ def say_result(recipe:Recipe, out:Path, match:dict):
     print(f'\n{len(skipped)} images were skipped; {next(iter(skipped))}: {next(iter(skipped.values()))}')
     if len(skipped) > 1: print(f'All of them are in {out/"skipped.json"} and in the report.')
 
-# %% ../nbs/17_cli.ipynb #915bc752
+# %% ../nbs/17_cli.ipynb #9dcb943d
 def evaluate_command(
     run:tyro.conf.Positional[str],  # folder of a finished run
     images:str='',                  # folder, Parquet file or folder, hf:name, or zoo:photos
@@ -274,7 +276,7 @@ def evaluate_command(
     print(text_table([name for name in header if name != 'untrained'], table_rows(match)))
     for path, reason in skipped.items(): print(f'skipped {path}: {reason}')
 
-# %% ../nbs/17_cli.ipynb #dae2d2e8
+# %% ../nbs/17_cli.ipynb #90636bc9
 def teacher_row(spec:str)->list[str]:
     "A line of the list of teachers."
     parsed, listed = parse_spec(spec), TEACHERS[spec]
@@ -297,13 +299,13 @@ def _installed(zoo):
     try: return zoo.file().exists()
     except BadInput: return False
 
-# %% ../nbs/17_cli.ipynb #b49c309f
+# %% ../nbs/17_cli.ipynb #74e59c9e
 def teachers_command():
     "List teachers: width, image size, aim, licence, and whether the weights are on this machine."
     print(text_table(['teacher', 'width', 'size', 'aim', 'licence', 'here'], [teacher_row(spec) for spec in TEACHERS]))
     print("\nAny other timm:NAME or open_clip:NAME/TAG works too; NAME@FILE takes weights from a file, NAME@random none.")
 
-# %% ../nbs/17_cli.ipynb #11f017e7
+# %% ../nbs/17_cli.ipynb #684f8d0f
 def main(args:list[str]|None=None):
     "The command `radio-nb`."
     disable_progress_bar()  # of datasets: what takes time here has its own

@@ -6,7 +6,7 @@
 __all__ = ['SMALLEST', 'image_files', 'open_images', 'to_rgb', 'Unreadable', 'decode', 'random_box', 'random_crop', 'centre_crop',
            'Crops', 'Batch', 'image_batches', 'hold_out']
 
-# %% ../nbs/09_data.ipynb #fdcd0862
+# %% ../nbs/09_data.ipynb #0088efb4
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from math import exp, log
@@ -25,7 +25,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from .features import BadInput
 from .zoo import photographs
 
-# %% ../nbs/09_data.ipynb #814bb8b5
+# %% ../nbs/09_data.ipynb #34009245
 def image_files(
     folder:Path, # searched with all its subfolders
 )->list[str]:    # sorted
@@ -33,7 +33,7 @@ def image_files(
     endings = set(Image.registered_extensions())
     return sorted(str(path) for path in Path(folder).rglob('*') if path.suffix.lower() in endings and path.is_file())
 
-# %% ../nbs/09_data.ipynb #bb64f33d
+# %% ../nbs/09_data.ipynb #a66f979a
 def _from_files(files):
     return Dataset.from_dict({'image': files}, features=Columns({'image': ImageColumn(decode=False)}))
 
@@ -45,7 +45,7 @@ def _only_images(dataset, source):
     if columns[0] != 'image': dataset = dataset.rename_column(columns[0], 'image')
     return dataset.cast_column('image', ImageColumn(decode=False))
 
-# %% ../nbs/09_data.ipynb #78053782
+# %% ../nbs/09_data.ipynb #1e912589
 def open_images(
     source:str, # a folder, a Parquet file or folder, 'hf:name', 'hf:name:split' or 'zoo:photos'
 )->Dataset:     # one column `image`, undecoded
@@ -60,7 +60,7 @@ def open_images(
     if not files: raise BadInput(f'{source} holds neither an image nor a Parquet file')
     return _from_files(files)
 
-# %% ../nbs/09_data.ipynb #7b8d8638
+# %% ../nbs/09_data.ipynb #04f6d088
 def _from_hub(name, split):
     try: return _only_images(load_dataset(name, split=split or 'train'), f'hf:{name}')
     except BadInput: raise
@@ -68,7 +68,7 @@ def _from_hub(name, split):
         reason = (str(e).strip() or type(e).__name__).splitlines()[0][:160]
         raise BadInput(f'hf:{name} could not be loaded ({reason}). Without a network give a folder or a Parquet file') from e
 
-# %% ../nbs/09_data.ipynb #2565a0f5
+# %% ../nbs/09_data.ipynb #eecdaad5
 def to_rgb(
     image:Image.Image, # as Pillow opened it
 )->Image.Image:        # 8 bits, three channels, upright
@@ -81,13 +81,13 @@ def to_rgb(
         return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
     return image.convert('RGB')
 
-# %% ../nbs/09_data.ipynb #4a682cf1
+# %% ../nbs/09_data.ipynb #3a045d1e
 class Unreadable(Exception):
     "An image that cannot be used; the message says why."
 
 SMALLEST = 16  # pixels along the shorter side; below that a crop shows nothing
 
-# %% ../nbs/09_data.ipynb #33dbf0c2
+# %% ../nbs/09_data.ipynb #1311fe7a
 def decode(
     row:dict,      # `{'path': …, 'bytes': …}`, an undecoded cell of `datasets`
 )->Image.Image:
@@ -100,7 +100,7 @@ def decode(
     if min(image.size) < SMALLEST: raise Unreadable(f'is only {image.width} × {image.height} pixels')
     return image
 
-# %% ../nbs/09_data.ipynb #37383e7a
+# %% ../nbs/09_data.ipynb #e7edfbf3
 def random_box(
     width:int,  # of the image, in pixels
     height:int,
@@ -114,7 +114,7 @@ def random_box(
     left, top = random.uniform(0, width - w), random.uniform(0, height - h)
     return left, top, left + w, top + h
 
-# %% ../nbs/09_data.ipynb #f6cdea4c
+# %% ../nbs/09_data.ipynb #fe293b1b
 def random_crop(image:Image.Image, size:int, random:np.random.Generator)->Tensor: # (3, size, size) uint8
     "A random part of an image as a square of `size` pixels, mirrored half of the time."
     box = random_box(*image.size, random)
@@ -125,7 +125,7 @@ def centre_crop(image:Image.Image, size:int, random:np.random.Generator|None=Non
     "The largest square in the middle of an image, for evaluation."
     return pil_to_tensor(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR))
 
-# %% ../nbs/09_data.ipynb #e18d01e7
+# %% ../nbs/09_data.ipynb #f36284c9
 class Crops:
     "The stream: `crops[position]` is a crop and what was skipped to get it."
     def __init__(self,
@@ -156,7 +156,7 @@ class Crops:
         path, reason = next(iter(skipped.items()))
         raise BadInput(f'none of {len(skipped)} images that were tried can be used; the first: {path} {reason}')
 
-# %% ../nbs/09_data.ipynb #c5f47525
+# %% ../nbs/09_data.ipynb #72e2bf61
 class Batch(NamedTuple):
     "Some crops of a stream."
     images: Tensor           # (B, 3, size, size) uint8
@@ -165,7 +165,7 @@ class Batch(NamedTuple):
 def _collate(items):
     return Batch(torch.stack([crop for crop, _ in items]), {path: why for _, skipped in items for path, why in skipped.items()})
 
-# %% ../nbs/09_data.ipynb #a0c61025
+# %% ../nbs/09_data.ipynb #d43a2305
 def image_batches(
     crops:Crops,         # the stream
     batch_size:int,
@@ -178,10 +178,10 @@ def image_batches(
     "Batches `start` to `steps` of a stream, or one part of each of them."
     if batch_size % world: raise BadInput(f'a batch of {batch_size} cannot be cut into {world} equal parts, one for each process')
     part = batch_size//world
-    positions = [step*batch_size + rank*part + i for step in range(start, steps) for i in range(part)]
-    return iter(DataLoader(crops, part, sampler=positions, num_workers=workers, collate_fn=_collate))
+    positions = (range(first, first + part) for first in range(start*batch_size + rank*part, steps*batch_size, batch_size))
+    return iter(DataLoader(crops, batch_sampler=positions, num_workers=workers, collate_fn=_collate))
 
-# %% ../nbs/09_data.ipynb #9615b019
+# %% ../nbs/09_data.ipynb #2d10037a
 def hold_out(
     images:Dataset,
     n:int,          # how many to keep from training

@@ -5,21 +5,20 @@
 # %% auto #0
 __all__ = ['CODE', 'fit_flow', 'modules_from', 'Flow', 'blurred']
 
-# %% ../nbs/09a_flow.ipynb #8b934920
+# %% ../nbs/09a_flow.ipynb #2f05ec74
 from collections.abc import Callable
 from functools import partial
-from math import log
 
 import torch
 from torch import Tensor, nn
 
 from .features import BadInput, Features
-from .information import Bottleneck, ControlledFlowLoss, RateDistortion, Said, fit_modules, gaussian_bits, measure_modules
+from .information import Bottleneck, ControlledFlowLoss, RateDistortion, Said, fit_modules, gaussian_bits, measure_modules, price
 from .losses import spatial_loss
 from .moments import Moments
 from .normalizers import eigenbasis
 
-# %% ../nbs/09a_flow.ipynb #b8b136fb
+# %% ../nbs/09a_flow.ipynb #104c61c0
 CODE = 256  # the most channels that a code may have
 
 def fit_flow(
@@ -40,7 +39,7 @@ def fit_flow(
     points = [p._asdict() | {'gaussian': gaussian_bits(eigenvalues, p.distortion)} for p in measure_modules(modules, test)]
     return modules, {'width': x.shape[1], 'code': code, 'vectors': len(x), 'points': points}
 
-# %% ../nbs/09a_flow.ipynb #07e28b8e
+# %% ../nbs/09a_flow.ipynb #fe7c623f
 def modules_from(
     state:dict[str, Tensor],  # a `state_dict` of `RateDistortion`
 )->RateDistortion:            # frozen, in evaluation mode
@@ -51,7 +50,7 @@ def modules_from(
     modules.load_state_dict(state)
     return modules.eval().requires_grad_(False)
 
-# %% ../nbs/09a_flow.ipynb #28b0a216
+# %% ../nbs/09a_flow.ipynb #1a1d6c3a
 class Flow(nn.Module):
     "What modules and a bottleneck add to the loss of several teachers (CIFD, without labels)."
     def __init__(self,
@@ -64,7 +63,7 @@ class Flow(nn.Module):
     ):
         super().__init__()
         self.names, self.coders = list(modules), nn.ModuleList(modules.values())
-        self.weights, self.price = weights, bottleneck
+        self.weights, self.nat = weights, bottleneck
         self.rates = [f'R={rate:g}' for rate in self.coders[0].rates.tolist()]
         sources = {'teacher': 1.} | dict.fromkeys(self.rates, weight/len(self.rates))
         self.loss = ControlledFlowLoss(sources, dropout=dropout, distance=partial(spatial_loss, kind=kind))
@@ -92,10 +91,10 @@ class Flow(nn.Module):
             sources = dict(zip(self.rates, map(Said, blurred(coder, targets[name].spatial))))
             loss, terms[name] = self.loss(Said(students[name].spatial), sources, kept=kept[name])
             total = total + self.weights[name]*loss
-        if bottleneck is not None: total = total + self.price*log(2)*bottleneck.bits.mean()
+        if bottleneck is not None: total = total + price(bottleneck.bits, self.nat)
         return total, terms
 
-# %% ../nbs/09a_flow.ipynb #611c8f40
+# %% ../nbs/09a_flow.ipynb #fb880f8b
 @torch.no_grad()
 def blurred(
     modules:RateDistortion,

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MOST_BITS', 'EntropyModel', 'water_filling', 'gaussian_bits', 'Stacked', 'Bent', 'through_channel', 'Coded',
            'RateDistortion', 'rate_distortion_loss', 'fit_modules', 'Point', 'measure_modules', 'Bottleneck',
-           'soft_label_loss', 'Said', 'mean_square_error', 'ControlledFlowLoss']
+           'soft_label_loss', 'Said', 'price', 'ControlledFlowLoss']
 
-# %% ../nbs/06_information.ipynb #ddbfcbd2
+# %% ../nbs/06_information.ipynb #e6be571e
 from collections.abc import Callable
 from math import log
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .draws import uniform
 from .features import BadInput, unknown
 
-# %% ../nbs/06_information.ipynb #59e2c7ea
+# %% ../nbs/06_information.ipynb #a2e28589
 MOST_BITS = -log(1e-9)/log(2)  # what an element may cost
 
 def _log_mass(upper, lower):
@@ -65,7 +65,7 @@ class EntropyModel(nn.Module):
             upper, lower = self.logits(torch.cat([rows + .5, rows - .5])).chunk(2)
             return _capped(_log_mass(upper, lower)/-log(2)).view(y.shape)
 
-# %% ../nbs/06_information.ipynb #5fd30cfa
+# %% ../nbs/06_information.ipynb #5e9a058f
 def water_filling(
     eigenvalues:Tensor, # of the covariance of the embedding, (C,)
     level:float|Tensor, # of the water, the error allowed in each direction, 1/2R
@@ -85,7 +85,7 @@ def gaussian_bits(
         low, high = (level, high) if water_filling(eigenvalues, level)[0] < distortion else (low, level)
     return water_filling(eigenvalues, high)[1].item()
 
-# %% ../nbs/06_information.ipynb #34e089f9
+# %% ../nbs/06_information.ipynb #8af64a33
 class Stacked(nn.Module):
     "`n` linear layers side by side: (n, B, n_in) to (n, B, n_out)."
     def __init__(self, n:int, n_in:int, n_out:int):
@@ -106,7 +106,7 @@ class Bent(nn.Module):
 
     def forward(self, x): return self.straight(x) + self.out(F.gelu(self.into(x)))
 
-# %% ../nbs/06_information.ipynb #b51a31ea
+# %% ../nbs/06_information.ipynb #8add5af2
 def through_channel(
     code:Tensor,    # of any shape
     training:bool,  # noise if true, else rounding
@@ -114,7 +114,7 @@ def through_channel(
     "$y + z$ with $z$ uniform in $[-\\frac12, \\frac12]$, or $y$ rounded."
     return code + uniform(*code.shape, device=code.device) - .5 if training else code.round()
 
-# %% ../nbs/06_information.ipynb #98ca683c
+# %% ../nbs/06_information.ipynb #873bca65
 class Coded(NamedTuple):
     "What `n` modules make of a batch of embeddings."
     reconstruction: Tensor      # (n, ..., dim)
@@ -162,7 +162,7 @@ class RateDistortion(nn.Module):
         logits = None if self.classifier is None else self.classifier(said).view(*shape, -1)
         return Coded(said.view(*shape, -1), bits.view(shape), logits)
 
-# %% ../nbs/06_information.ipynb #bcb7e22a
+# %% ../nbs/06_information.ipynb #9d229c81
 def rate_distortion_loss(
     modules:RateDistortion,
     x:Tensor,                        # embeddings, (B, dim)
@@ -173,7 +173,7 @@ def rate_distortion_loss(
     errors = distance(coded.reconstruction, x.expand_as(coded.reconstruction), reduction='none').sum(-1)
     return (modules.rates*errors.flatten(1).mean(1)) + log(2)*coded.bits.flatten(1).mean(1)
 
-# %% ../nbs/06_information.ipynb #682d7fda
+# %% ../nbs/06_information.ipynb #7c5e829d
 def fit_modules(
     modules:RateDistortion,          # trained in place; in evaluation mode afterwards
     x:Tensor,                        # embeddings, normalized, (n, dim)
@@ -205,7 +205,7 @@ def fit_modules(
     torch.random.set_rng_state(cpu)
     return modules.eval()
 
-# %% ../nbs/06_information.ipynb #8847ea0f
+# %% ../nbs/06_information.ipynb #15cd14f7
 class Point(NamedTuple):
     "What a module achieves."
     rate: float        # its R
@@ -228,7 +228,7 @@ def measure_modules(
     modules.train(training)
     return [Point(*values) for values in zip(modules.rates.tolist(), (bits/len(x)).tolist(), (errors/len(x)).tolist())]
 
-# %% ../nbs/06_information.ipynb #434faafd
+# %% ../nbs/06_information.ipynb #ff3c032e
 class Bottleneck(nn.Module):
     "Noise on a representation, and what that costs in bits (CIFD, IBM); in evaluation nothing at all."
     def __init__(self,
@@ -250,7 +250,7 @@ class Bottleneck(nn.Module):
         self.bits = self.density.bits(noisy).sum(-1)
         return noisy
 
-# %% ../nbs/06_information.ipynb #c535c271
+# %% ../nbs/06_information.ipynb #bde89361
 def soft_label_loss(
     student:Tensor,       # logits, (..., classes)
     source:Tensor,        # logits, (..., classes)
@@ -260,17 +260,20 @@ def soft_label_loss(
     student, source = ((logits.float()/temperature).log_softmax(-1).flatten(0, -2) for logits in (student, source))
     return temperature**2*F.kl_div(student, source, reduction='batchmean', log_target=True)
 
-# %% ../nbs/06_information.ipynb #9f295fe2
+# %% ../nbs/06_information.ipynb #02bc4828
 class Said(NamedTuple):
     "What a student, a teacher or a module says of a batch."
     embedding: Tensor           # (B, ..., C)
     logits: Tensor|None = None  # (B, classes), where there are labels
 
-def mean_square_error(x:Tensor, y:Tensor)->Tensor:
-    "Squared error, averaged over everything."
-    return F.mse_loss(x.float(), y.float())
+def price(
+    bits:Tensor,  # of the vectors of a bottleneck, of any shape
+    nat:float,    # λ_I, for each nat of a vector
+)->Tensor:        # a scalar
+    "What the student pays for its bits, $-\\lambda_I \\ln r(\\hat W)$ averaged over vectors."
+    return nat*log(2)*bits.mean()
 
-# %% ../nbs/06_information.ipynb #9752eefa
+# %% ../nbs/06_information.ipynb #aa9276d0
 class ControlledFlowLoss(nn.Module):
     "What a student is asked by its teacher, by the modules that blur the teacher, and by its own bottleneck (CIFD)."
     def __init__(self,
@@ -280,7 +283,7 @@ class ControlledFlowLoss(nn.Module):
         soft_labels:float=1.,                 # λ_KL
         temperature:float=1.,
         dropout:float=.25,                    # how often a source is left out of a step, while training
-        distance:Callable=mean_square_error,  # of two embeddings, a scalar
+        distance:Callable=F.mse_loss,  # of two embeddings, a scalar
     ):
         super().__init__()
         self.weights, self.bottleneck, self.labels, self.soft_labels = weights, bottleneck, labels, soft_labels
@@ -313,5 +316,5 @@ class ControlledFlowLoss(nn.Module):
             total = total + self.labels*terms['labels']
         if bits is not None:
             terms['bits'] = bits.mean()
-            total = total + self.bottleneck*log(2)*terms['bits']
+            total = total + price(bits, self.bottleneck)
         return total, {name: term.detach() for name, term in terms.items()}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['random_windows', 'CroppedPositions', 'Head', 'Stem', 'Backbone', 'Student', 'fold_heads', 'remove_bottleneck']
 
-# %% ../nbs/08_student.ipynb #201507f0
+# %% ../nbs/08_student.ipynb #bcdb17fe
 import json
 import os
 from math import log
@@ -25,7 +25,7 @@ from .normalizers import Normalizer
 from .teachers import parse_spec, timm_model
 from .zoo import zoo_model
 
-# %% ../nbs/08_student.ipynb #bb96f5c8
+# %% ../nbs/08_student.ipynb #e769f4dd
 def random_windows(
     n:int, # how many, one for each image of a batch
     device:torch.device|None=None,
@@ -36,7 +36,7 @@ def random_windows(
     sizes = torch.stack([scale*aspect.sqrt(), scale/aspect.sqrt()], -1).clamp(max=1)
     return torch.stack(place, -1)*(1 - sizes), sizes
 
-# %% ../nbs/08_student.ipynb #0e2334e6
+# %% ../nbs/08_student.ipynb #cbb609a1
 class CroppedPositions(nn.Module):
     "Cropped position embedding (AM-RADIO): a vector for every place of a grid of any size."
     def __init__(self,
@@ -66,7 +66,7 @@ class CroppedPositions(nn.Module):
         points = corners[:, None, None] + sizes[:, None, None]*unit
         return F.grid_sample(self.table.expand(n, -1, -1, -1), 2*points - 1, align_corners=False, padding_mode='border')
 
-# %% ../nbs/08_student.ipynb #c14c2162
+# %% ../nbs/08_student.ipynb #82b0c533
 class Head(nn.Sequential):
     "An adaptor head, (..., n_in) to (..., n_out)."
     def __init__(self,
@@ -85,7 +85,7 @@ class Head(nn.Sequential):
         head[3] = normalizer.fold_into(self[3])
         return head
 
-# %% ../nbs/08_student.ipynb #adc7fbac
+# %% ../nbs/08_student.ipynb #92cebec4
 class Stem(nn.Module):
     "The first stages of a convolutional network in place of a patch embedding: (B, 3, H, W) to (B, dim, H/16, W/16)."
     def __init__(self,
@@ -113,7 +113,7 @@ class Stem(nn.Module):
         maps = self.model.forward_intermediates(x, indices=[self.index], intermediates_only=True, stop_early=True)
         return self.proj(maps[0])
 
-# %% ../nbs/08_student.ipynb #9ea10f8a
+# %% ../nbs/08_student.ipynb #a03f853f
 def _vit(backbone):
     "The timm vision transformer that `backbone` names, and the spec of the same one without weights."
     spec = parse_spec(backbone if ':' in backbone else f'timm:{backbone}@random')
@@ -122,7 +122,7 @@ def _vit(backbone):
     if not isinstance(vit, VisionTransformer): raise BadInput(f'{backbone} is no vision transformer; vit_tiny_patch16_224 is one')
     return vit, spec.name.partition('.')[0]
 
-# %% ../nbs/08_student.ipynb #9e2d08e4
+# %% ../nbs/08_student.ipynb #3d78ac53
 def _stem_model(stem):
     "The convolutional network that `stem` names, with the mean and std of its input, and its spec without weights."
     spec = parse_spec(stem)
@@ -131,7 +131,7 @@ def _stem_model(stem):
     cfg = model.default_cfg
     return model, cfg['mean'], cfg['std'], f'timm:{cfg["architecture"]}@random'
 
-# %% ../nbs/08_student.ipynb #b5a5bb4b
+# %% ../nbs/08_student.ipynb #4ae6ad57
 class Backbone(nn.Module):
     "A vision transformer for images of any size: (B, 3, H, W) in [0, 1] to its class tokens and its grid."
     def __init__(self,
@@ -169,7 +169,7 @@ class Backbone(nn.Module):
         tokens = self.norm(self.blocks(tokens))
         return Features(tokens[:, :self.n_class], tokens[:, self.prefix.shape[1]:].unflatten(1, (h, w)))
 
-# %% ../nbs/08_student.ipynb #be6c989c
+# %% ../nbs/08_student.ipynb #490d5be9
 def _prefix(vit, n_class, multiple=8):
     "Class tokens and registers, together a multiple of `multiple`."
     registers = multiple - n_class % multiple
@@ -185,7 +185,7 @@ def _positions(vit):
         positions.table.data = F.interpolate(table, positions.table.shape[-2:], mode='bicubic', antialias=True)
     return positions
 
-# %% ../nbs/08_student.ipynb #5845c9f2
+# %% ../nbs/08_student.ipynb #7d35e91a
 class Student(nn.Module):
     "A backbone with two heads for each teacher: images to every teacher's features."
     def __init__(self,
@@ -237,13 +237,13 @@ class Student(nn.Module):
         student.load_state_dict(load_file(Path(folder)/'student.safetensors'))
         return student.eval()
 
-# %% ../nbs/08_student.ipynb #aa37ad37
+# %% ../nbs/08_student.ipynb #438bc349
 def _narrowed(bottleneck, tokens, spatial):
     "Class tokens (B, n, dim) and grid (B, h, w, dim) through a bottleneck."
     noisy, n = bottleneck(torch.cat([tokens, spatial.flatten(1, 2)], 1)), tokens.shape[1]
     return noisy[:, :n], noisy[:, n:].unflatten(1, spatial.shape[1:3])
 
-# %% ../nbs/08_student.ipynb #afc66741
+# %% ../nbs/08_student.ipynb #3db528df
 def fold_heads(
     student:Student,                      # trained on normalized targets
     normalizers:dict[str, Normalizer],    # by teacher
@@ -253,7 +253,7 @@ def fold_heads(
         student.spatial_heads[i] = student.spatial_heads[i].folded(normalizers[name]).to(student.backbone.mean.device)
     return student
 
-# %% ../nbs/08_student.ipynb #c4a38096
+# %% ../nbs/08_student.ipynb #b2a6a7f2
 def remove_bottleneck(
     student:Student,  # with or without a bottleneck
 )->Student:           # the same object, without

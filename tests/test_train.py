@@ -15,8 +15,10 @@ from radio_nb.cli import main
 from radio_nb.features import BadInput, Features
 from radio_nb.moments import NonFinite
 from radio_nb.normalizers import Normalizer
+from radio_nb.runs import load_checkpoint
+from radio_nb.statistics import measure
 from radio_nb.student import Student
-from radio_nb.train import check_losses, check_width, load_checkpoint, measure
+from radio_nb.train import check_losses, check_width
 
 
 def start(*args):
