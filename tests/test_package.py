@@ -59,6 +59,15 @@ def test_no_output_breaks_the_site(path):
     assert not any('source' in keys(cell.get('outputs', [])) for _, cell in cells(path))
 
 
+@pytest.mark.parametrize('path', [*CHAPTERS, *(ROOT/'nbs'/'tutorials').glob('*.ipynb')], ids=lambda p: p.stem)
+def test_every_figure_is_stored(path):
+    "A published page runs nothing, so a figure without an output is a gap."
+    for source, cell in cells(path):
+        if cell['cell_type'] != 'code' or source.startswith('#| export') or 'fig.update_layout(' not in source: continue
+        pictures = [key for output in cell['outputs'] for key in output.get('data', {}) if key.startswith('image/')]
+        assert pictures, f'{path.name}: run .ci/execute.py, there is no picture of\n{source[-200:]}'
+
+
 def fresh(code): return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd='/')
 
 
