@@ -1,6 +1,6 @@
 "The student: windows and pyramids against oracles, what the optimizer decays, and that it compiles and exports."
-import pytest
 import radio_nb  # noqa: F401, I001  before timm, so that torchvision can be imported
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,9 +9,10 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.testing import assert_close
 
-from radio_nb.backbones import Transformer, find_network, from_windows, into_windows, new_backbone, windowed, windowed_blocks
+from radio_nb.backbones import Transformer, find_network, new_backbone
 from radio_nb.features import BadInput
 from radio_nb.student import Head, Student
+from radio_nb.tokens import from_windows, into_windows, windowed, windowed_blocks
 
 TEACHERS = {'clip': (24, 40), 'sam': (0, 16)}
 
@@ -113,7 +114,8 @@ def test_a_deep_head_is_mlp2():
 
 def test_the_optimizer_does_not_decay_tokens_and_positions():
     student = small()
-    rate = {id(p): group['weight_decay'] for group in create_optimizer_v2(student, 'adamw', 1e-3, .02).param_groups for p in group['params']}
+    groups = create_optimizer_v2(student, 'adamw', 1e-3, .02).param_groups
+    rate = {id(p): group['weight_decay'] for group in groups for p in group['params']}
     spared = {name for name, p in student.named_parameters() if rate[id(p)] == 0 and p.ndim > 1}
     assert spared == {'backbone.prefix', 'backbone.positions.table'} == student.no_weight_decay()
     assert rate[id(student.spatial_heads[0][0].weight)] == .02
