@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Residual', 'Head', 'Student', 'fold_heads', 'remove_bottleneck']
 
-# %% ../nbs/08_student.ipynb #c1542b25
+# %% ../nbs/08_student.ipynb #c34d425a
 import json
 import os
 from contextlib import nullcontext
@@ -21,7 +21,7 @@ from .features import BadInput, Features
 from .information import Bottleneck
 from .normalizers import Normalizer
 
-# %% ../nbs/08_student.ipynb #99fd16a5
+# %% ../nbs/08_student.ipynb #2ce7f30b
 class Residual(nn.Sequential):
     "Layers whose output is added to their input."
     def forward(self, x): return x + super().forward(x)
@@ -46,7 +46,7 @@ class Head(nn.Sequential):
         head[-1] = normalizer.fold_into(self[-1])
         return head
 
-# %% ../nbs/08_student.ipynb #b59665a0
+# %% ../nbs/08_student.ipynb #3a924bc3
 class Student(nn.Module):
     "A backbone with two heads for each teacher: images to every teacher's features."
     def __init__(self,
@@ -106,13 +106,13 @@ class Student(nn.Module):
         student.load_state_dict(load_file(Path(folder)/'student.safetensors'))
         return student.eval()
 
-# %% ../nbs/08_student.ipynb #ec0990e0
+# %% ../nbs/08_student.ipynb #e0770900
 def _narrowed(bottleneck, tokens, spatial):
     "Class tokens (B, n, dim) and grid (B, h, w, dim) through a bottleneck."
     noisy, n = bottleneck(torch.cat([tokens, spatial.flatten(1, 2)], 1)), tokens.shape[1]
     return noisy[:, :n], noisy[:, n:].unflatten(1, spatial.shape[1:3])
 
-# %% ../nbs/08_student.ipynb #aa42ab77
+# %% ../nbs/08_student.ipynb #0df320f9
 def fold_heads(
     student:Student,                      # trained on normalized targets
     normalizers:dict[str, Normalizer],    # by teacher
@@ -122,7 +122,7 @@ def fold_heads(
         student.spatial_heads[i] = student.spatial_heads[i].folded(normalizers[name]).to(student.backbone.mean.device)
     return student
 
-# %% ../nbs/08_student.ipynb #fa952aa6
+# %% ../nbs/08_student.ipynb #a6485102
 def remove_bottleneck(
     student:Student,  # with or without a bottleneck
 )->Student:           # the same object, without

@@ -2,6 +2,7 @@
 import radio_nb  # noqa: F401, I001  before timm, so that torchvision can be imported
 import pytest
 import torch
+from conftest import SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.models.vision_transformer import Block
@@ -10,6 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from radio_nb.backbones import Transformer, find_network, new_backbone
+from radio_nb.cli import main
 from radio_nb.features import BadInput
 from radio_nb.student import Head, Student
 from radio_nb.tokens import from_windows, into_windows, windowed, windowed_blocks
@@ -185,12 +187,20 @@ def test_weights_from_a_file_fill_a_pyramid(tmp_path):
     ('vit_tiny_r_s16_p8_224', {}, 'no plain vision transformer.* convnext_atto'),
     ('inception_v3', {}, 'does not see images of any size'),
     ('resnet10t', {'stem': 'resnet10t'}, 'stem is for vision transformers'),
+    ('vit_tiny_patch16_224', {'windows': (4, -2)}, 'give the sides of windows in patches, or 0 for none'),
     ('resnet10t', {'windows': (4,)}, 'windows is for vision transformers'),
     ('open_clip:ViT-B-16@random', {}, 'starts from a timm network'),
     ('vit_tiny_patch16_224', {'stem': 'xcit_nano_12_p8_224'}, 'xcit_nano_12_p8_224 has no stage of stride 16'),
 ])
 def test_what_cannot_be_a_student_says_why(name, options, message):
     with pytest.raises(BadInput, match=message): Student(name, TEACHERS, **options)
+
+
+def test_the_command_line_trains_a_pyramid(tmp_path):
+    main(['distill', *SMALL, '--student', 'resnet10t', '--precision', 'bfloat16', '--out', str(tmp_path/'run')])
+    student = Student.from_pretrained(tmp_path/'run')
+    assert student.config['backbone'] == 'resnet10t' and (tmp_path/'run'/'report.html').exists()
+    with torch.inference_mode(): assert student(torch.rand(1, 3, 64, 96))['u2netp'].spatial.isfinite().all()
 
 
 def test_a_pyramid_names_the_sides_it_needs():
