@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Network', 'find_network', 'strides', 'Stages', 'Backbone', 'Stem', 'Transformer', 'Pyramid', 'new_backbone']
 
-# %% ../nbs/07d_backbones.ipynb #b8028dce
+# %% ../nbs/07d_backbones.ipynb #6f716343
 from typing import NamedTuple
 
 import radio_nb  # noqa: F401  before timm, so that torchvision can be imported
@@ -21,7 +21,7 @@ from .teachers import parse_spec, timm_model
 from .tokens import CroppedPositions, windowed_blocks
 from .zoo import zoo_model
 
-# %% ../nbs/07d_backbones.ipynb #674cff7c
+# %% ../nbs/07d_backbones.ipynb #28f44550
 class Network(NamedTuple):
     "A network to build a backbone from."
     model: nn.Module
@@ -40,7 +40,7 @@ def find_network(
     if cfg is None: raise BadInput(f'a student starts from a timm network, and {name} is none; zoo:efficientnet-lite0 is one')
     return Network(model, cfg['mean'], cfg['std'], cfg['architecture'])
 
-# %% ../nbs/07d_backbones.ipynb #b24088c8
+# %% ../nbs/07d_backbones.ipynb #fc6db567
 def strides(
     model:nn.Module,
 )->set[int]: # pixels that one place of a map stands for; empty for a network whose stages timm cannot give
@@ -67,7 +67,7 @@ class Stages(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         return self.model.forward_intermediates(x, indices=list(self.indices), intermediates_only=True, stop_early=True)
 
-# %% ../nbs/07d_backbones.ipynb #9e72c15d
+# %% ../nbs/07d_backbones.ipynb #7dac4fde
 class Backbone(nn.Module):
     "Images of any size, (B, 3, H, W) in [0, 1], to class tokens (B, n_class, dim) and a grid (B, h, w, dim)."
     def __init__(self,
@@ -88,7 +88,7 @@ class Backbone(nn.Module):
                            f'make both sides a multiple of {self.patch}')
         return (images - self.mean)/self.std
 
-# %% ../nbs/07d_backbones.ipynb #bdc44e6f
+# %% ../nbs/07d_backbones.ipynb #1fbf5fa4
 class Stem(Stages):
     "The first stages of a network in place of a patch embedding: (B, 3, H, W) to (B, dim, H/16, W/16)."
     def __init__(self,
@@ -107,7 +107,7 @@ class Stem(Stages):
 
     def forward(self, x)->Tensor: return self.proj(super().forward(x)[0])
 
-# %% ../nbs/07d_backbones.ipynb #c8a2e48e
+# %% ../nbs/07d_backbones.ipynb #3f4afa25
 def _prefix(vit, n_class, multiple=8):
     "Class tokens and registers, together a multiple of `multiple`."
     registers = multiple - n_class % multiple
@@ -123,7 +123,7 @@ def _positions(vit):
         positions.table.data = F.interpolate(table, positions.table.shape[-2:], mode='bicubic', antialias=True)
     return positions
 
-# %% ../nbs/07d_backbones.ipynb #3b777714
+# %% ../nbs/07d_backbones.ipynb #42954b14
 class Transformer(Backbone):
     "A vision transformer as a backbone; its grid has a place for every patch."
     def __init__(self,
@@ -175,7 +175,7 @@ class Transformer(Backbone):
         "Parameters that are no weights but tokens: they may be as long as they like (timm's convention)."
         return {'prefix', 'positions.table'}
 
-# %% ../nbs/07d_backbones.ipynb #c5fa9f22
+# %% ../nbs/07d_backbones.ipynb #8150ea95
 class Pyramid(Backbone):
     "A network of stages as a backbone, as E-RADIO (arXiv 2312.06709, §5.1); its grid has a place for 16 × 16 pixels."
     def __init__(self,
@@ -211,7 +211,7 @@ class Pyramid(Backbone):
         exempt = getattr(self.stages.model, 'no_weight_decay', set)()
         return {f'stages.model.{name}' for name in exempt}
 
-# %% ../nbs/07d_backbones.ipynb #d93a3cd3
+# %% ../nbs/07d_backbones.ipynb #ba5922e8
 def new_backbone(
     name:str,                    # see `find_network`
     n_class:int,                 # how many class tokens

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['random_rectangles', 'CroppedPositions', 'into_windows', 'from_windows', 'windowed', 'windowed_blocks']
 
-# %% ../nbs/07c_tokens.ipynb #db30b055
+# %% ../nbs/07c_tokens.ipynb #b5ab629a
 from math import ceil, log
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .draws import uniform
 
-# %% ../nbs/07c_tokens.ipynb #ef5a334c
+# %% ../nbs/07c_tokens.ipynb #fa7a25c7
 def random_rectangles(
     n:int, # how many, one for each image of a batch
     device:torch.device|None=None,
@@ -25,7 +25,7 @@ def random_rectangles(
     sizes = torch.stack([scale*aspect.sqrt(), scale/aspect.sqrt()], -1).clamp(max=1)
     return torch.stack(place, -1)*(1 - sizes), sizes
 
-# %% ../nbs/07c_tokens.ipynb #3b83a199
+# %% ../nbs/07c_tokens.ipynb #889a8f68
 class CroppedPositions(nn.Module):
     "Cropped position embedding (AM-RADIO): a vector for every place of a grid of any size."
     def __init__(self,
@@ -55,7 +55,7 @@ class CroppedPositions(nn.Module):
         points = corners[:, None, None] + sizes[:, None, None]*unit
         return F.grid_sample(self.table.expand(n, -1, -1, -1), 2*points - 1, align_corners=False, padding_mode='border')
 
-# %% ../nbs/07c_tokens.ipynb #eb56ea81
+# %% ../nbs/07c_tokens.ipynb #6891c900
 def into_windows(
     patches:Tensor,  # row after row, (B, h*w, D)
     h:int,           # rows of the grid
@@ -74,7 +74,7 @@ def from_windows(
     "The inverse of `into_windows`."
     return patches.unflatten(1, (h//side, w//side, side, side)).transpose(2, 3).flatten(1, 4)
 
-# %% ../nbs/07c_tokens.ipynb #8f8998a1
+# %% ../nbs/07c_tokens.ipynb #4806b14b
 def windowed(
     block:nn.Module,  # (B, tokens, D) to the same
     tokens:Tensor,    # the prefix, and the patches window after window, (B, prefix + patches, D)
@@ -88,7 +88,7 @@ def windowed(
     seen = block(torch.cat([copies, windows], 2).flatten(0, 1)).unflatten(0, (-1, n))
     return torch.cat([seen[:, :, :prefix].mean(1), seen[:, :, prefix:].flatten(1, 2)], 1)
 
-# %% ../nbs/07c_tokens.ipynb #0dc5fcdf
+# %% ../nbs/07c_tokens.ipynb #b472295d
 def windowed_blocks(
     blocks:nn.Sequential,  # of a transformer
     tokens:Tensor,         # the prefix, and the patches row after row, (B, prefix + h*w, D)
