@@ -1,0 +1,248 @@
+"The student: windows and pyramids against oracles, what the optimizer decays, and that it compiles and exports."
+import radio_nb  # noqa: F401, I001  before timm, so that torchvision can be imported
+import pytest
+import torch
+from conftest import SMALL
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.models.vision_transformer import Block
+from timm.optim import create_optimizer_v2
+from torch import nn
+from torch.testing import assert_close
+
+from radio_nb.backbones import Transformer, find_network, new_backbone
+from radio_nb.cli import main
+from radio_nb.features import BadInput
+from radio_nb.student import Head, Student
+from radio_nb.tokens import from_windows, into_windows, windowed, windowed_blocks
+
+TEACHERS = {'clip': (24, 40), 'sam': (0, 16)}
+
+
+def small(name='vit_tiny_patch16_224', **options):
+    torch.manual_seed(0)
+    depth = {'depth': 3} if name.startswith('vit') else {}
+    return Student(name, TEACHERS, head_width=32, **depth, **options)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
+def test_windows_are_the_tiles_of_the_grid_and_the_order_is_undone(rows, columns, side):
+    h, w = rows*side, columns*side
+    patches = torch.randn(2, h*w, 3)
+    ordered, grid = into_windows(patches, h, w, side), patches.unflatten(1, (h, w))
+    tiles = [grid[:, r:r + side, c:c + side].flatten(1, 2) for r in range(0, h, side) for c in range(0, w, side)]
+    assert torch.equal(ordered, torch.cat(tiles, 1))
+    assert torch.equal(from_windows(ordered, h, w, side), patches)
+
+
+def test_a_windowed_block_is_attention_with_a_mask():
+    torch.manual_seed(0)
+    block = Block(16, 2).eval()
+    tokens, window = torch.randn(2, 36, 16), torch.arange(36)//9
+    mask = torch.where(window[:, None] == window, 0., -torch.inf)
+    assert_close(windowed(block, tokens, 0, 9), block(tokens, attn_mask=mask))
+
+
+def test_copies_of_the_prefix_are_averaged():
+    torch.manual_seed(0)
+    block = Block(16, 2).eval()
+    tokens = torch.randn(1, 5 + 3*4, 16)
+    each = torch.stack([block(torch.cat([tokens[:, :5], window], 1)) for window in tokens[:, 5:].split(4, 1)])
+    seen = windowed(block, tokens, 5, 4)
+    assert_close(seen[:, :5], each[:, :, :5].mean(0))
+    assert_close(seen[:, 5:], torch.cat([*each[:, :, 5:]], 1))
+
+
+@pytest.mark.parametrize('n_blocks, everywhere', [(1, [0]), (4, [1, 3]), (5, [1, 3, 4]), (12, [2, 5, 8, 11]), (24, [5, 11, 17, 23])])
+def test_the_last_block_of_a_group_and_of_all_sees_everything(n_blocks, everywhere):
+    lengths = []
+    class Spy(nn.Module):
+        def forward(self, x):
+            lengths.append(x.shape[1])
+            return x
+    windowed_blocks(nn.Sequential(*(Spy() for _ in range(n_blocks))), torch.randn(1, 2 + 64, 4), 2, (8, 8), 4)
+    assert [i for i, length in enumerate(lengths) if length == 2 + 64] == everywhere
+    assert set(lengths) <= {2 + 64, 2 + 16}
+
+
+def test_one_window_for_the_whole_grid_is_global_attention():
+    student, images = small().eval(), torch.rand(2, 3, 96, 96)
+    with torch.inference_mode():
+        everywhere = student(images)['clip']
+        student.backbone.window = 6
+        for one, other in zip(student(images)['clip'], everywhere): assert_close(one, other)
+        student.backbone.window = 2
+        assert (student(images)['clip'].spatial - everywhere.spatial).abs().max() > 1e-3
+
+
+def test_windows_are_drawn_in_training_alike_for_one_seed_and_not_in_evaluation():
+    student, images, sides = small(windows=(2, 4, 5)), torch.rand(1, 3, 64, 128), []
+    draw = student.backbone.draw_window
+    student.backbone.draw_window = lambda h, w: sides.append(draw(h, w)) or sides[-1]
+    for _ in range(2):
+        torch.manual_seed(3)
+        for _ in range(12): student(images)
+    assert sides[:12] == sides[12:] and set(sides) == {2, 4}
+    student.eval()(images)
+    assert len(sides) == 24
+
+
+def test_the_windows_that_fit():
+    backbone = Transformer(find_network('vit_tiny_patch16_224'), 1, depth=1, windows=(0, 4, 7, 8))
+    for grid, fitting in {(8, 8): {0, 4}, (8, 16): {0, 4, 8}, (14, 14): {0, 7}, (5, 5): {0}}.items():
+        assert {backbone.draw_window(*grid) for _ in range(60)} == fitting
+
+
+def test_without_windows_nothing_is_drawn_for_them():
+    backbone, before = small().backbone, torch.get_rng_state()
+    assert backbone.draw_window(8, 8) == 0 and torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_plain_head_loads_what_the_head_of_version_0_1_wrote():
+    assert list(Head(4, 6, 2).state_dict()) == ['0.weight', '0.bias', '1.weight', '1.bias', '3.weight', '3.bias']
+
+
+def test_a_deep_head_is_mlp2():
+    torch.manual_seed(0)
+    head, x = Head(4, 6, 2, blocks=2), torch.randn(3, 4)
+    weights = head.state_dict()
+    def linear(x, name): return x @ weights[f'{name}.weight'].T + weights[f'{name}.bias']
+    def active(x): return nn.functional.gelu(nn.functional.layer_norm(x, (6,)))
+    hidden = linear(x, '0')
+    for block in '12': hidden = hidden + linear(active(hidden), f'{block}.2')
+    assert_close(head(x), linear(active(hidden), '5'))
+
+
+def test_the_optimizer_does_not_decay_tokens_and_positions():
+    student = small()
+    groups = create_optimizer_v2(student, 'adamw', 1e-3, .02).param_groups
+    rate = {id(p): group['weight_decay'] for group in groups for p in group['params']}
+    spared = {name for name, p in student.named_parameters() if rate[id(p)] == 0 and p.ndim > 1}
+    assert spared == {'backbone.prefix', 'backbone.positions.table'} == student.no_weight_decay()
+    assert rate[id(student.spatial_heads[0][0].weight)] == .02
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'resnet10t'])
+def test_with_heads_only_the_backbone_gets_no_gradient(name):
+    student, images = small(name, bottleneck=True), torch.rand(2, 3, 64, 64)
+    def learners():
+        student.zero_grad(set_to_none=True)
+        sum(part.sum() for said in student(images).values() for part in said).backward()
+        return {parameter.partition('.')[0] for parameter, p in student.named_parameters() if p.grad is not None}
+    student.heads_only = True
+    assert learners() == {'summary_heads', 'spatial_heads'}
+    student.heads_only = False
+    assert 'backbone' in learners()
+
+
+@pytest.mark.parametrize('name', ['resnet10t', 'convnext_atto', 'efficientnet_lite0', 'fastvit_t8', 'regnetx_002', 'mobilenetv3_small_050'])
+def test_a_pyramid_uses_every_parameter_and_comes_back_from_its_folder(name, tmp_path):
+    student, images = small(name), torch.rand(2, 3, 64, 96)
+    said = student(images)
+    sum(part.square().sum() for features in said.values() for part in features).backward()
+    assert not [parameter for parameter, p in student.named_parameters() if p.grad is None]
+    assert said['sam'].spatial.shape == (2, 4, 6, 16) and said['clip'].summary.shape == (2, 24)
+    student.eval().save_pretrained(tmp_path)
+    again = Student.from_pretrained(tmp_path)
+    with torch.inference_mode(): assert torch.equal(again(images)['clip'].spatial, student(images)['clip'].spatial)
+
+
+def test_a_pyramid_is_its_stages_put_together_by_hand():
+    backbone, images = new_backbone('convnext_atto', 2).eval(), torch.rand(2, 3, 64, 96)
+    network, unit = backbone.stages.model, lambda x: nn.functional.layer_norm(x.movedim(1, -1), x.shape[1:2], eps=1e-6).movedim(-1, 1)
+    with torch.inference_mode():
+        x = network.stem((images - backbone.mean)/backbone.std)
+        for stage in network.stages[:3]: x = stage(x)
+        fine, coarse = unit(x), unit(network.stages[3](x))
+        grid = nn.functional.conv2d(fine, backbone.proj.weight, backbone.proj.bias)
+        # each place of the coarse map is written to 2 × 2 places of the fine one
+        up = torch.einsum('bchw,cdij->bdhiwj', coarse, backbone.up.weight).flatten(4).flatten(2, 3)
+        grid = backbone.norm((grid + up + backbone.up.bias[:, None, None]).movedim(1, -1))
+        summary, spatial = backbone(images)
+    assert_close(spatial, grid, rtol=1e-4, atol=1e-4)
+    assert_close(summary[:, 0], backbone.norm(coarse.mean((2, 3))), rtol=1e-4, atol=1e-4)
+    assert torch.equal(summary[:, 0], summary[:, 1])
+
+
+def test_batch_normalization_learns_in_a_pyramid_and_rests_in_a_stem():
+    def moved(student):
+        norm = next(m for m in student.modules() if isinstance(m, nn.BatchNorm2d))
+        before = norm.running_mean.clone()
+        student.train()(torch.rand(2, 3, 64, 64))
+        return not torch.equal(norm.running_mean, before)
+    assert moved(small('resnet10t')) and not moved(small(stem='resnet10t'))
+
+
+def test_weights_from_a_file_fill_a_pyramid(tmp_path):
+    from safetensors.torch import save_file
+    donor = find_network('resnet10t').model
+    save_file(donor.state_dict(), tmp_path/'weights.safetensors')
+    student = small(f'timm:resnet10t@{tmp_path/"weights.safetensors"}')
+    assert torch.equal(student.backbone.stages.model.layer4[0].conv1.weight, donor.layer4[0].conv1.weight)
+    assert student.config['backbone'] == 'resnet10t'
+
+
+@pytest.mark.parametrize('name, options, message', [
+    ('vit_tiny_r_s16_p8_224', {}, 'no plain vision transformer.* convnext_atto'),
+    ('inception_v3', {}, 'does not see images of any size'),
+    ('resnet10t', {'stem': 'resnet10t'}, 'stem is for vision transformers'),
+    ('vit_tiny_patch16_224', {'windows': (4, -2)}, 'give the sides of windows in patches, or 0 for none'),
+    ('resnet10t', {'windows': (4,)}, 'windows is for vision transformers'),
+    ('open_clip:ViT-B-16@random', {}, 'starts from a timm network'),
+    ('vit_tiny_patch16_224', {'stem': 'xcit_nano_12_p8_224'}, 'xcit_nano_12_p8_224 has no stage of stride 16'),
+])
+def test_what_cannot_be_a_student_says_why(name, options, message):
+    with pytest.raises(BadInput, match=message): Student(name, TEACHERS, **options)
+
+
+def test_the_command_line_trains_a_pyramid(tmp_path):
+    main(['distill', *SMALL, '--student', 'resnet10t', '--precision', 'bfloat16', '--out', str(tmp_path/'run')])
+    student = Student.from_pretrained(tmp_path/'run')
+    assert student.config['backbone'] == 'resnet10t' and (tmp_path/'run'/'report.html').exists()
+    with torch.inference_mode(): assert student(torch.rand(1, 3, 64, 96))['u2netp'].spatial.isfinite().all()
+
+
+def test_a_pyramid_names_the_sides_it_needs():
+    with pytest.raises(BadInput, match='patches of 32 cannot see 48 × 64 pixels: make both sides a multiple of 32'):
+        small('resnet10t')(torch.rand(1, 3, 48, 64))
+
+
+COMPILED = [('vit_tiny_patch16_224', {}), ('vit_tiny_patch16_224', {'stem': 'resnet10t', 'bottleneck': True}),
+            ('resnet10t', {'head_blocks': 1})]
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('name, options', COMPILED)
+def test_it_compiles_to_one_graph_that_draws_what_it_would_have_drawn(name, options, training):
+    torch._dynamo.reset()
+    student, images = small(name, **options).train(training), torch.rand(2, 3, 64, 96)
+    compiled = torch.compile(student, fullgraph=True, backend='aot_eager')
+    answers = []
+    for model in (student, compiled):
+        torch.manual_seed(1)
+        answers.append(model(images))
+    for teacher in TEACHERS: assert_close(tuple(answers[1][teacher]), tuple(answers[0][teacher]))
+    if training: sum(part.sum() for said in answers[1].values() for part in said).backward()
+
+
+def test_windows_compile_when_they_are_drawn_before():
+    torch._dynamo.reset()
+    student, images = small(windows=(2, 4)), torch.rand(1, 3, 64, 128)
+    compiled = torch.compile(student, fullgraph=True, backend='aot_eager')
+    with torch.no_grad():
+        for seed in range(4):
+            torch.manual_seed(seed)
+            student.backbone.window = None
+            plain = student(images)['clip'].spatial
+            torch.manual_seed(seed)
+            student.backbone.window = student.backbone.draw_window(4, 8)
+            assert_close(compiled(images)['clip'].spatial, plain)
+
+
+@pytest.mark.parametrize('name, options', [*COMPILED, ('convnext_atto', {})])
+def test_it_exports(name, options):
+    student, images = small(name, **options).eval(), torch.rand(2, 3, 64, 96)
+    program = torch.export.export(student, (images,)).module()
+    with torch.inference_mode(): theirs, ours = program(images), student(images)
+    for teacher in TEACHERS: assert_close(tuple(theirs[teacher]), tuple(ours[teacher]))
