@@ -38,6 +38,6 @@ def ratio(ours, bare, repeats=9):
     return min(t for t, _ in times)/min(t for _, t in times)
 
 
-def report(name, value, target):
-    "One line for each figure."
-    print(f'{name}: ratio {value:.2f} (target ≤ {target})', flush=True)
+def report(name, value, target, sign='≤'):
+    "One line for each figure; `sign` says on which side of the target it should lie."
+    print(f'{name}: ratio {value:.2f} (target {sign} {target})', flush=True)

@@ -5,32 +5,32 @@
 # %% auto #0
 __all__ = ['as_share', 'uniform']
 
-# %% ../nbs/00a_draws.ipynb #8efd1950
+# %% ../nbs/00a_draws.ipynb #26014b9b
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-# %% ../nbs/00a_draws.ipynb #343fbf79
+# %% ../nbs/00a_draws.ipynb #f0e1a3f5
 _share = (0, 1)
 
 @contextmanager
 def as_share(
-    rank:int,   # which part of the batch this process has, from 0
-    world:int,  # how many parts there are, all of one size
+    rank:int,   # which part of the batch is at work, from 0
+    world:int,  # how many parts there are, all of one size; part `rank` is every `world`-th image, `rank::world`
 )->Iterator[None]:
-    "Within it `uniform` draws for one part of a batch what it would have got in the whole."
+    "Within it `uniform` draws for one part of a batch what it would have got in the whole. Shares within shares multiply."
     global _share
-    before, _share = _share, (rank, world)
+    before, _share = _share, (_share[0] + _share[1]*rank, _share[1]*world)
     try: yield
     finally: _share = before
 
 def uniform(
-    n:int,          # images in this process's part of the batch
+    n:int,          # images in the part of the batch that is at work
     *shape:int,     # of the numbers for each image
     device:torch.device|None=None,
 )->Tensor:          # (n, *shape) in [0, 1)
-    "Uniform random numbers for each image of this process's part of a batch."
+    "Uniform random numbers for each image of one part of a batch."
     rank, world = _share
-    return torch.rand(n*world, *shape, device=device)[rank*n:(rank + 1)*n]
+    return torch.rand(n*world, *shape, device=device)[rank::world]

@@ -38,7 +38,7 @@ class Statistics(NamedTuple):
     "What is known of a teacher's features before training."
     spatial: Moments   # of its grid, over images and places
     summary: Tensor    # mean of its summaries, each scaled to length one, (C,) float64
-    sample: Tensor     # vectors of its grid, some places of every image drawn at random, (batches, n, D)
+    sample: Tensor     # vectors of its grid, n places of every image drawn at random, (batches, B, n, D)
 
 def measure(
     teachers:dict[str, Callable[[Tensor], Features]], # from images in [0, 1]
@@ -54,15 +54,15 @@ def measure(
             moments.setdefault(name, Moments(spatial.shape[-1], f'teacher {name}')).update(spatial)
             directions[name] = directions.get(name, 0) + F.normalize(summary.double(), dim=-1).sum(0)
             if sample: samples[name].append(some_places(spatial, sample))
-    return {name: Statistics(moments[name], directions[name]/seen, torch.stack(samples[name]) if sample else torch.empty(0, 0, 0))
+    return {name: Statistics(moments[name], directions[name]/seen, torch.stack(samples[name]) if sample else torch.empty(0, 0, 0, 0))
             for name in teachers}
 
 # %% ../nbs/09d_statistics.ipynb #53e470f5
 def some_places(spatial:Tensor, n:int)->Tensor: # spatial: (B, H, W, D)
-    "What a teacher says of up to `n` places of each image, drawn at random, (B*n, D)."
+    "What a teacher says of up to `n` places of each image, drawn at random, (B, n, D)."
     rows = spatial.flatten(1, 2)
     places = uniform(*rows.shape[:2], device=rows.device).argsort(1)[:, :n]
-    return rows.gather(1, places[..., None].expand(-1, -1, rows.shape[2])).flatten(0, 1)
+    return rows.gather(1, places[..., None].expand(-1, -1, rows.shape[2]))
 
 # %% ../nbs/09d_statistics.ipynb #42fb0345
 def new_engine(
@@ -89,7 +89,7 @@ def pooled(
         moments = Moments(own.spatial.dim, own.spatial.name)
         for of_rank in everyone: moments.merge(Moments(moments.dim).load_state_dict(of_rank[name][0]))
         summaries, samples = zip(*(of_rank[name][1:] for of_rank in everyone))
-        merged[name] = Statistics(moments, torch.stack(summaries).mean(0), torch.cat(samples, 1).to(own.sample.device))
+        merged[name] = Statistics(moments, torch.stack(summaries).mean(0), torch.stack(samples, 2).flatten(1, 2).to(own.sample.device))
     return merged
 
 # %% ../nbs/09d_statistics.ipynb #ed8d8d99
@@ -114,7 +114,7 @@ def keep_statistics(recipe:Recipe, statistics:dict[str, Statistics], out:Path, d
     for name, (spatial, summary, sample) in statistics.items():
         normalizer = fit_normalizer(METHODS[recipe.method].normalizer, spatial)
         if recipe.information:
-            modules, curves[name] = fit_teacher(name, normalizer.to(device)(sample.flatten(0, 1)), recipe)
+            modules, curves[name] = fit_teacher(name, normalizer.to(device)(sample.flatten(0, 2)), recipe)
             tensors |= {f'{name}.modules.{key}': tensor for key, tensor in modules.state_dict().items()}
         tensors |= {f'{name}.normalizer.{key}': tensor for key, tensor in normalizer.state_dict().items()}
         tensors |= {f'{name}.mean': spatial.mean, f'{name}.variance': spatial.cov.diagonal(), f'{name}.summary': summary}
