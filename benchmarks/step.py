@@ -2,42 +2,62 @@
 
     python benchmarks/step.py [--batch 8] [--steps 12] [--threads 2] [--device cpu]
 
-The two take their steps in turns, in one run; a ratio is that of their fastest steps.
+The two take their steps in turns, in one run; a ratio is that of their fastest steps. The second figure is for teachers whose
+answers are read from a cache; the loop beside it finds its targets in memory, normalized.
 """
+import tempfile
+
 import radio_nb  # noqa: F401, I001  before timm, so that torchvision can be imported
 import timm.optim
 import torch
 import torch.nn.functional as F
 from timing import arguments, ratio, report
 
-from radio_nb.losses import spatial_loss, summary_loss
+from radio_nb.cache import answers, fill_cache
+from radio_nb.data import Crops, image_batches, open_images
+from radio_nb.losses import MultiTeacherLoss, spatial_loss, summary_loss
 from radio_nb.normalizers import fit_normalizer
-from radio_nb.statistics import measure
+from radio_nb.recipe import Recipe
+from radio_nb.schedule import legs
+from radio_nb.statistics import Source, measure
 from radio_nb.student import Student
 from radio_nb.teachers import load_teacher
-from radio_nb.train import Recipe, Trainer
+from radio_nb.train import Step, Trainer, normalized
 
 SIZE, SPECS = 160, {'efficientnet-lite0': 'zoo:efficientnet-lite0#160', 'u2netp': 'zoo:u2netp#128'}
 
 
-def new_student(teachers, device):
+def new_student():
     "A vision transformer of six blocks, the same every time."
     torch.manual_seed(0)
     widths = {name: teacher.widths() for name, teacher in teachers.items()}
     return Student('vit_tiny_patch16_224', widths, head_width=512, depth=6).to(device)
 
 
-def bare_step(teachers, normalizers, images, device):
-    "The least that a step must do."
-    student = new_student(teachers, device).train()
+def new_trainer(crops, cached):
+    "The trainer as a run would make it, at its first step."
+    recipe = Recipe('', tuple(SPECS.values()), '', size=SIZE, steps=10_000, batch_size=args.batch, device=args.device)
+    loss, leg = MultiTeacherLoss('phi-s', dict.fromkeys(SPECS, 1.), dict.fromkeys(SPECS, 1.)), legs(recipe, list(SPECS))[0]
+    trainer = Trainer(Step(new_student(), loss), recipe, device)
+    trainer.enter(leg, [Source(leg.parts[0], crops, teachers, cached)], normalizers)
+    return trainer
+
+
+def bare_step(images, targets=None):
+    "The least that a step must do; with `targets`, without any teacher."
+    student = new_student().train()
     optimizer = timm.optim.create_optimizer_v2(student, 'adamw', 1e-3, .02)
 
     def step():
-        pixels = images/255
-        said, loss = student(F.interpolate(pixels, (SIZE, SIZE), mode='bilinear', antialias=True)), 0
+        pixels = images.to(device)/255
+        small = pixels if pixels.shape[-1] == SIZE else F.interpolate(pixels, (SIZE, SIZE), mode='bilinear', antialias=True)
+        said, loss = student(small), 0
         for name, teacher in teachers.items():
-            summary, spatial = teacher(pixels)
-            loss = loss + summary_loss(said[name].summary, summary) + spatial_loss(said[name].spatial, normalizers[name](spatial))
+            if targets: summary, spatial = targets[name]
+            else:
+                summary, spatial = teacher(pixels)
+                spatial = normalizers[name](spatial)
+            loss = loss + summary_loss(said[name].summary, summary) + spatial_loss(said[name].spatial, spatial)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.)
@@ -46,13 +66,22 @@ def bare_step(teachers, normalizers, images, device):
     return step
 
 
+def compare(what, crops, cached, target):
+    "One line: the trainer's step over the bare one, on one batch of `crops`."
+    batch = next(image_batches(crops, args.batch, 1))
+    targets = normalized(answers(teachers, batch, device, cached), normalizers, 0) if cached else None
+    trainer, bare = new_trainer(crops, cached), bare_step(batch.images, targets)
+    report(what, ratio(lambda: trainer(batch), bare, args.steps), target)
+
+
 args = arguments(__doc__, batch=8, steps=12)
 device = torch.device(args.device)
-
 teachers = {name: load_teacher(spec, name=name).to(device) for name, spec in SPECS.items()}
-images = torch.randint(256, (args.batch, 3, 224, 224), dtype=torch.uint8, device=device)
-normalizers = {name: fit_normalizer('phi-s', s.spatial).to(device) for name, s in measure(teachers, [images/255]).items()}
-recipe = Recipe('', tuple(SPECS.values()), '', size=SIZE, steps=10_000, batch_size=args.batch, device=args.device)
-trainer = Trainer(new_student(teachers, device), teachers, normalizers, recipe, device)
-bare = bare_step(teachers, normalizers, images, device)
-report('trainer step against a bare loop', ratio(lambda: trainer(images), bare, args.steps), 1.03)
+images = open_images('zoo:photos')
+said = (answers(teachers, batch, device) for batch in image_batches(Crops(images, 224), args.batch, 2))
+normalizers = {name: fit_normalizer('phi-s', s.spatial).to(device) for name, s in measure(said).items()}
+
+compare('trainer step against a bare loop', Crops(images, 224), {}, 1.03)
+with tempfile.TemporaryDirectory() as folder:
+    cached = fill_cache(teachers, Crops(images, SIZE, views=1), folder, args.batch, device)
+    compare('cached step against a bare loop of the student alone', Crops(images, SIZE, views=1), cached, 1.10)

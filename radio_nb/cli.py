@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'header', 'explanation', 'readable', 'judge', 'students', 'judge_run', 'table_rows', 'text_table',
-           'feature_maps', 'in_words', 'information_blocks', 'write_report', 'as_flags', 'expand', 'distill_command',
-           'show_finished', 'say_result', 'evaluate_command', 'teacher_row', 'teachers_command', 'main']
+           'feature_maps', 'in_words', 'information_blocks', 'watch_blocks', 'write_report', 'as_flags', 'expand',
+           'distill_command', 'show_finished', 'say_result', 'height_and_width', 'evaluate_command', 'teacher_row',
+           'teachers_command', 'main']
 
-# %% ../nbs/17_cli.ipynb #6197e4b6
+# %% ../nbs/17_cli.ipynb #f5bcaf49
 import json
 import os
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,28 +22,28 @@ import open_clip
 import timm
 import torch
 import tyro
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from datasets.utils.logging import disable_progress_bar
 from huggingface_hub import try_to_load_from_cache
 
-from .data import Crops, Unreadable, centre_crop, decode, image_batches, open_images
+from .data import Crops, Unreadable, centre_crop, decode, image_batches, open_images, stream_of
 from .features import BadInput
 from .match import Constant, teacher_match
 from .pictures import Colours, html_figure, html_image, html_table, loss_curves, page, plain_curve, rate_curves, sheet, tile
 from .recipe import Recipe, difference, read_recipe, recipe_toml
 from .runs import Progress, Stopped, finished
-from .statistics import load_normalizers
+from .statistics import crop_sides, load_normalizers, statistics_file
 from .student import Student, fold_heads
 from .teachers import TEACHERS, parse_spec
 from .train import Prepared, distill, new_student, prepare, shrink
 from .zoo import zoo_model
 
-# %% ../nbs/17_cli.ipynb #327f91ad
+# %% ../nbs/17_cli.ipynb #d2c71043
 DEMO = Recipe(images='zoo:photos', out='runs/demo', stem='zoo:efficientnet-lite0', depth=6,
               teachers=('zoo:efficientnet-lite0#160', 'zoo:efficientnet-lite2#160', 'zoo:u2netp#128'),
               size=160, head_width=512, steps=240, batch_size=8, statistics_steps=16, hold_out=8)
 
-# %% ../nbs/17_cli.ipynb #5fd79e1d
+# %% ../nbs/17_cli.ipynb #adf730fa
 def readable(
     images:Dataset,
     skipped:dict[str, str], # gets the others, with the reason
@@ -58,11 +59,11 @@ def readable(
         raise BadInput(f'none of {len(images)} images can be read; the first: {path} {reason}')
     return images.select(good)
 
-# %% ../nbs/17_cli.ipynb #7223d410
+# %% ../nbs/17_cli.ipynb #8ae2af04
 def judge(
     students:dict,       # by name, from images in [0, 1] to features by teacher
     ready:Prepared,
-    size:int,            # of the student's images
+    size:tuple[int, int],# of the student's images, height and width
     crops:Crops,         # what it is judged on
     n:int,               # how many crops
     what:str,            # what they are crops of, for the progress line
@@ -78,16 +79,16 @@ def judge(
     def at_its_size(student): return lambda images: student(shrink(images, size))
     return teacher_match({who: at_its_size(student) for who, student in students.items()}, ready.teachers, batches())
 
-# %% ../nbs/17_cli.ipynb #0e4f92ef
+# %% ../nbs/17_cli.ipynb #eadee3a3
 def students(recipe:Recipe, ready:Prepared, out:Path)->dict:
     "The trained student and the two that it is compared with."
     trained = Student.from_pretrained(out).to(ready.device)
     untrained = new_student(recipe, trained.config['teachers']).to(ready.device).eval()
     normalizers = load_normalizers(recipe, trained.config['teachers'], out)
     return {'student': trained, 'untrained': fold_heads(untrained, normalizers),
-            'constant': Constant(out/'statistics.safetensors', list(ready.teachers))}
+            'constant': Constant(statistics_file(out), list(ready.teachers))}
 
-# %% ../nbs/17_cli.ipynb #e053cdfe
+# %% ../nbs/17_cli.ipynb #295f97c4
 def judge_run(
     recipe:Recipe,
     ready:Prepared,        # what the recipe names
@@ -96,16 +97,16 @@ def judge_run(
 )->dict:                   # measures by set of images, student and teacher
     "Judge a finished run on new crops of its training images and on those held out, and write `match.json`."
     skipped = {}
-    sets = {'new crops': (Crops(ready.train, ready.size, recipe.seed + 1), crops_seen)}
+    sets = {'new crops': (stream_of(ready.train, ready.crop_size(), recipe.seed + 1), crops_seen)}
     if recipe.hold_out:
         held = readable(ready.held, skipped)
-        sets['new images'] = (Crops(held, ready.size, crop=centre_crop, shuffle=False), len(held))
+        sets['new images'] = (Crops(held, ready.crop_size(), crop=centre_crop, shuffle=False), len(held))
     compared = students(recipe, ready, out)
-    match = {what: judge(compared, ready, recipe.size, crops, n, what) for what, (crops, n) in sets.items()}
+    match = {what: judge(compared, ready, ready.size, crops, n, what) for what, (crops, n) in sets.items()}
     (out/'match.json').write_text(json.dumps(match, indent=2))
     return match
 
-# %% ../nbs/17_cli.ipynb #0eddf659
+# %% ../nbs/17_cli.ipynb #5be54278
 header = ['teacher', 'judged on', 'explained', 'untrained', 'constant', 'grid cos', 'summary cos']
 
 def table_rows(
@@ -119,7 +120,7 @@ def table_rows(
             rows.append([name, what, student['explained'], *others, student['cosine'], student['summary_cosine']])
     return rows
 
-# %% ../nbs/17_cli.ipynb #42c3fe43
+# %% ../nbs/17_cli.ipynb #ea7bffef
 def text_table(header:list[str], rows:list[list])->str:
     "A table for the terminal: words to the left, numbers to the right with three decimals."
     cells = [header, *([f'{v:.3f}' if isinstance(v, float) else str(v) for v in row] for row in rows)]
@@ -128,12 +129,12 @@ def text_table(header:list[str], rows:list[list])->str:
     lines = ['  '.join(c.ljust(w) if l else c.rjust(w) for c, w, l in zip(row, widths, left)) for row in cells]
     return '\n'.join([lines[0], '-'*len(lines[0]), *lines[1:]])
 
-# %% ../nbs/17_cli.ipynb #7ef4933f
-def feature_maps(student, ready:Prepared, size:int, images:Dataset, n:int=6):
+# %% ../nbs/17_cli.ipynb #b181af7f
+def feature_maps(student, ready:Prepared, images:Dataset, n:int=6):
     "A sheet: one column for each image; its picture, then for every teacher a row of the teacher's map and one of the student's."
-    crops = Crops(images, ready.size, crop=centre_crop, shuffle=False)
+    crops = Crops(images, ready.crop_size(), crop=centre_crop, shuffle=False)
     pixels = next(image_batches(crops, min(n, len(images)), 1)).images.to(ready.device)/255
-    with torch.inference_mode(): answers = student(shrink(pixels, size))
+    with torch.inference_mode(): answers = student(shrink(pixels, ready.size))
     rows = [[tile(image) for image in shrink(pixels, 112).clamp(0, 1).movedim(1, -1).cpu()]]
     for name, teacher in ready.teachers.items():
         spatial = teacher(pixels).spatial
@@ -141,11 +142,15 @@ def feature_maps(student, ready:Prepared, size:int, images:Dataset, n:int=6):
         rows += [[tile(colours(grid)) for grid in spatial], [tile(colours(grid)) for grid in answers[name].spatial]]
     return sheet(rows)
 
-# %% ../nbs/17_cli.ipynb #f425c859
-def in_words(match:dict, recipe:Recipe, n_train:int)->str:
+# %% ../nbs/17_cli.ipynb #171c774c
+def in_words(
+    match:dict,   # from `judge_run`
+    n_train:str,  # how many images there were to learn from
+    steps:int,
+)->str:
     "What the table says, for someone who has not read this book."
     seen = [m['explained'] for m in match['new crops']['student'].values()]
-    text = (f'The student learned from {n_train} images for {recipe.steps} steps. On new crops of those images it explains between '
+    text = (f'The student learned from {n_train} images for {steps} steps. On new crops of those images it explains between '
             f'{min(seen):.0%} and {max(seen):.0%} of the variance of its teachers\' features')
     if 'new images' not in match: return text + '. No images were held out, so nothing is known of how it does on others.'
     new = [m['explained'] for m in match['new images']['student'].values()]
@@ -154,7 +159,7 @@ def in_words(match:dict, recipe:Recipe, n_train:int)->str:
         text += 'The gap between the two says that it has learned these images more than their world: it needs more of them.'
     return text
 
-# %% ../nbs/17_cli.ipynb #7997b18d
+# %% ../nbs/17_cli.ipynb #df143372
 def information_blocks(curves:dict, lines:list[dict])->list[str]:
     "Sections of the report on rate–distortion modules and the bottleneck; `curves` is a run's `information.json`."
     points = [(name, curve['width'], p) for name, curve in curves.items() for p in curve['points']]
@@ -170,7 +175,18 @@ def information_blocks(curves:dict, lines:list[dict])->list[str]:
     if 'bits' in lines[0]: blocks += ["<h2>Bits of the student's vectors</h2>", html_figure(plain_curve(lines, 'bits', 'bits of a vector'))]
     return blocks
 
-# %% ../nbs/17_cli.ipynb #316041be
+# %% ../nbs/17_cli.ipynb #e44d374b
+def watch_blocks(lines:list[dict])->list[str]:
+    "Sections of the report on where the time went and how hard each teacher pulled (chapter 09h)."
+    spent = {phase: sum(line['seconds'].get(phase, 0) for line in lines) for phase in lines[-1]['seconds']}
+    rows = [[phase, f'{seconds:.0f} s', seconds/sum(spent.values())] for phase, seconds in spent.items()]
+    blocks = ['<h2>Where the time went</h2>', html_table(['phase', 'time', 'share'], rows)]
+    pulls = [[line['step'], *line['pulls'].values()] for line in lines if line.get('pulls')]
+    if not pulls: return blocks
+    names = next(line['pulls'] for line in lines if line.get('pulls'))
+    return blocks + ['<h2>How hard each teacher pulled</h2>', '<p>The length of the gradient of each teacher\'s loss on the weights of '
+                     'the backbone.</p>', html_table(['step', *names], pulls)]
+
 explanation = ('Explained is the share of the variance of a teacher\'s grid of features that the student predicts, in the teacher\'s own '
                'space: 1 is perfect, and no constant gets above 0. Untrained is the same student before its first step; constant says '
                'the mean over the training images of everything. The cosines compare directions only, and are high for a constant '
@@ -181,27 +197,33 @@ def write_report(recipe:Recipe, ready:Prepared, out:Path, match:dict)->Path:
     student = Student.from_pretrained(out).to(ready.device)
     lines = [json.loads(line) for line in (out/'metrics.jsonl').open()]
     skipped = json.loads((out/'skipped.json').read_text()) if (out/'skipped.json').exists() else {}
-    shown = readable(ready.held, {}) if recipe.hold_out else ready.train
+    streamed = isinstance(ready.train, IterableDataset)
+    shown = readable(ready.held, {}) if recipe.hold_out else Dataset.from_list(list(ready.train.take(6))) if streamed else ready.train
+    n_train = 'a stream of' if streamed else str(len(ready.train))
     rows = ['the image', *(f'{name}, then the student for it' for name in ready.teachers)]
-    blocks = [f'<p>{in_words(match, recipe, len(ready.train))}</p>', html_table(header, table_rows(match)), f'<p>{explanation}</p>',
+    blocks = [f'<p>{in_words(match, n_train, len(lines))}</p>', html_table(header, table_rows(match)), f'<p>{explanation}</p>',
               '<h2>Losses of the grids</h2>', html_figure(loss_curves(lines, 'spatial')),
               '<h2>Losses of the summaries</h2>', html_figure(loss_curves(lines, 'summary')),
               *(information_blocks(json.loads((out/'information.json').read_text()), lines) if recipe.information else []),
+              *watch_blocks(lines),
               f'<h2>What they see in {"images held out" if recipe.hold_out else "training images"}</h2>',
               '<p>The three directions in which a teacher\'s features vary most, as red, green and blue; the student below in '
               'the same colours.</p>',
-              html_image(feature_maps(student, ready, recipe.size, shown), 'From top to bottom: ' + '; '.join(rows) + '.'),
+              html_image(feature_maps(student, ready, shown), 'From top to bottom: ' + '; '.join(rows) + '.'),
               f'<h2>Skipped images</h2><p>{len(skipped)} images could not be used.</p>',
               html_table(['image', 'why'], list(skipped.items())) if skipped else '',
               '<h2>Recipe</h2>', f'<pre>{recipe_toml(recipe)}</pre>']
     (out/'report.html').write_text(page(f'Distillation of {len(ready.teachers)} teachers', blocks), encoding='utf-8')
     return out/'report.html'
 
-# %% ../nbs/17_cli.ipynb #bebf3107
+# %% ../nbs/17_cli.ipynb #3a34cb0d
 def as_flags(values:dict)->list[str]:
     "The fields of a recipe as flags."
     flags = []
-    for key, value in values.items(): flags += [f'--{key.replace("_", "-")}', *map(str, value if isinstance(value, tuple) else [value])]
+    for key, value in values.items():
+        if key == 'stages' or value is False or value == (): continue   # tables have no flag, and nothing needs none
+        words = [] if value is True else map(str, value if isinstance(value, tuple) else [value])
+        flags += [f'--{key.replace("_", "-")}', *words]
     return flags
 
 def expand(
@@ -216,7 +238,7 @@ def expand(
         if flag.startswith('--recipe='): before = as_flags(read_recipe(Path(flag[9:])))
     return ['distill', *before, *args[1:]]
 
-# %% ../nbs/17_cli.ipynb #ab0d2bc5
+# %% ../nbs/17_cli.ipynb #580f5881
 def distill_command(
     recipe:tyro.conf.OmitArgPrefixes[Recipe],
     preset:tyro.conf.Positional[Literal['demo', '']]='',  # demo: packaged teachers and photographs, offline, in minutes
@@ -225,19 +247,20 @@ def distill_command(
 ):
     "Distil teachers into one student."
     out = Path(recipe.out)
+    if file: recipe = replace(recipe, stages=read_recipe(file).get('stages', ()))
     if finished(out): return show_finished(recipe, out)
     main_process = os.environ.get('RANK', '0') == '0'   # of several that `torchrun` started
     if main_process: print(recipe_toml(recipe))
     begun = time.time()
     distill(recipe, resume)
     if not main_process: return
-    ready = prepare(recipe)
+    ready = prepare(replace(recipe, teacher_device=''))
     match = judge_run(recipe, ready, out)
     report = write_report(recipe, ready, out, match)
     say_result(recipe, out, match)
     print(f'\nThis took {time.time() - begun:.0f} s. The report is {report}, the student {out/"student.safetensors"}.')
 
-# %% ../nbs/17_cli.ipynb #24e77265
+# %% ../nbs/17_cli.ipynb #657915a7
 def show_finished(recipe:Recipe, out:Path):
     "Say that a run is finished and show its table; make what is missing after a kill at the very end."
     differs = difference(recipe, Recipe(**read_recipe(out/'recipe.toml')))
@@ -257,26 +280,40 @@ def say_result(recipe:Recipe, out:Path, match:dict):
     print(f'\n{len(skipped)} images were skipped; {next(iter(skipped))}: {next(iter(skipped.values()))}')
     if len(skipped) > 1: print(f'All of them are in {out/"skipped.json"} and in the report.')
 
-# %% ../nbs/17_cli.ipynb #9dcb943d
+# %% ../nbs/17_cli.ipynb #9a62ee22
+def height_and_width(
+    text:str, # '224' or '160x288'
+)->tuple[int, int]:
+    "A size as it is typed. Raises `BadInput` for anything else."
+    words = text.split('x')
+    if len(words) > 2 or not all(word.isdigit() and int(word) for word in words):
+        raise BadInput(f'size {text!r} is neither a side such as 224 nor height and width such as 160x288')
+    return int(words[0]), int(words[-1])
+
+# %% ../nbs/17_cli.ipynb #88fac87f
 def evaluate_command(
     run:tyro.conf.Positional[str],  # folder of a finished run
     images:str='',                  # folder, Parquet file or folder, hf:name, or zoo:photos
+    sizes:tuple[str, ...]=(),       # of the student's images, such as 160 224 160x288; that of its last stage without
 ):
-    "Judge the student of a run on images of your own."
+    "Judge the student of a run on images of your own, at the size it was trained at or at others."
     out = Path(run)
     if not finished(out): raise BadInput(f'{run} holds no finished run: there is no student.safetensors in it')
     if not images: raise BadInput('say which images to judge on: --images FOLDER')
     recipe, skipped = Recipe(**read_recipe(out/'recipe.toml')), {}
     found = readable(open_images(images), skipped)
-    ready = prepare(recipe)
-    crops = Crops(found, ready.size, crop=centre_crop, shuffle=False)
+    ready = prepare(replace(recipe, teacher_device=''))
     compared = {'student': Student.from_pretrained(out).to(ready.device),
-                'constant': Constant(out/'statistics.safetensors', list(ready.teachers))}
-    match = {images: judge(compared, ready, recipe.size, crops, len(found), 'images')}
+                'constant': Constant(statistics_file(out), list(ready.teachers))}
+    match = {}
+    for size in map(height_and_width, sizes) if sizes else [ready.size]:
+        crops = Crops(found, crop_sides(size, [teacher.size for teacher in ready.teachers.values()]), crop=centre_crop, shuffle=False)
+        where = f'{images} at {size[0]} × {size[1]}'
+        match[where] = judge(compared, ready, size, crops, len(found), where)
     print(text_table([name for name in header if name != 'untrained'], table_rows(match)))
     for path, reason in skipped.items(): print(f'skipped {path}: {reason}')
 
-# %% ../nbs/17_cli.ipynb #90636bc9
+# %% ../nbs/17_cli.ipynb #c3b44a4a
 def teacher_row(spec:str)->list[str]:
     "A line of the list of teachers."
     parsed, listed = parse_spec(spec), TEACHERS[spec]
@@ -299,13 +336,13 @@ def _installed(zoo):
     try: return zoo.file().exists()
     except BadInput: return False
 
-# %% ../nbs/17_cli.ipynb #74e59c9e
+# %% ../nbs/17_cli.ipynb #8cdf9b77
 def teachers_command():
     "List teachers: width, image size, aim, licence, and whether the weights are on this machine."
     print(text_table(['teacher', 'width', 'size', 'aim', 'licence', 'here'], [teacher_row(spec) for spec in TEACHERS]))
     print("\nAny other timm:NAME or open_clip:NAME/TAG works too; NAME@FILE takes weights from a file, NAME@random none.")
 
-# %% ../nbs/17_cli.ipynb #684f8d0f
+# %% ../nbs/17_cli.ipynb #07e99658
 def main(args:list[str]|None=None):
     "The command `radio-nb`."
     disable_progress_bar()  # of datasets: what takes time here has its own
@@ -319,4 +356,7 @@ def main(args:list[str]|None=None):
         sys.exit(2)
     except Stopped as e:
         print(f'radio-nb: {e}', file=sys.stderr)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        print('radio-nb: interrupted before the first step; nothing is lost, add --resume to go on', file=sys.stderr)
         sys.exit(130)

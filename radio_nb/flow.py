@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CODE', 'fit_flow', 'modules_from', 'Flow', 'blurred']
 
-# %% ../nbs/09a_flow.ipynb #2f05ec74
+# %% ../nbs/09a_flow.ipynb #6454c9f6
 from collections.abc import Callable
 from functools import partial
 
@@ -18,7 +18,7 @@ from .losses import spatial_loss
 from .moments import Moments
 from .normalizers import eigenbasis
 
-# %% ../nbs/09a_flow.ipynb #104c61c0
+# %% ../nbs/09a_flow.ipynb #31615691
 CODE = 256  # the most channels that a code may have
 
 def fit_flow(
@@ -39,7 +39,7 @@ def fit_flow(
     points = [p._asdict() | {'gaussian': gaussian_bits(eigenvalues, p.distortion)} for p in measure_modules(modules, test)]
     return modules, {'width': x.shape[1], 'code': code, 'vectors': len(x), 'points': points}
 
-# %% ../nbs/09a_flow.ipynb #fe7c623f
+# %% ../nbs/09a_flow.ipynb #8ad755aa
 def modules_from(
     state:dict[str, Tensor],  # a `state_dict` of `RateDistortion`
 )->RateDistortion:            # frozen, in evaluation mode
@@ -50,7 +50,7 @@ def modules_from(
     modules.load_state_dict(state)
     return modules.eval().requires_grad_(False)
 
-# %% ../nbs/09a_flow.ipynb #1a1d6c3a
+# %% ../nbs/09a_flow.ipynb #3f995639
 class Flow(nn.Module):
     "What modules and a bottleneck add to the loss of several teachers (CIFD, without labels)."
     def __init__(self,
@@ -83,18 +83,20 @@ class Flow(nn.Module):
         targets:dict[str, Features],       # what the teachers say, normalized
         bottleneck:Bottleneck|None=None,   # the student's, after its pass
         kept:dict|None=None,               # from `kept`
+        scale:dict[str, float]|None=None,  # by teacher, a factor for this call, 1 without it
+        share:float=1.,                    # of the batch that this call is about, for the price of the bits
     )->tuple[Tensor, dict[str, dict[str, Tensor]]]: # the loss; and for a log, by teacher and module
         "The distances to the blurred teachers, and the price of the student's bits."
-        kept, terms, total = kept or self.kept(), {name: {} for name in self.names}, 0
+        kept, scale, terms, total = kept or self.kept(), scale or {}, {name: {} for name in targets}, 0
         for name, coder in zip(self.names, self.coders):
-            if not self.weights[name]: continue
+            if name not in targets or not self.weights[name]: continue
             sources = dict(zip(self.rates, map(Said, blurred(coder, targets[name].spatial))))
             loss, terms[name] = self.loss(Said(students[name].spatial), sources, kept=kept[name])
-            total = total + self.weights[name]*loss
-        if bottleneck is not None: total = total + price(bottleneck.bits, self.nat)
+            total = total + scale.get(name, 1)*self.weights[name]*loss
+        if bottleneck is not None: total = total + share*price(bottleneck.bits, self.nat)
         return total, terms
 
-# %% ../nbs/09a_flow.ipynb #fb880f8b
+# %% ../nbs/09a_flow.ipynb #1ff43dc8
 @torch.no_grad()
 def blurred(
     modules:RateDistortion,

@@ -6,7 +6,7 @@
 __all__ = ['palette', 'Colours', 'tile', 'sheet', 'smoothed', 'loss_curves', 'plain_curve', 'rate_curves', 'html_table',
            'html_image', 'html_figure', 'page']
 
-# %% ../nbs/15_pictures.ipynb #330b0a22
+# %% ../nbs/15_pictures.ipynb #af53babb
 import base64
 from html import escape
 from io import BytesIO
@@ -18,7 +18,7 @@ from PIL import Image
 from plotly.offline import get_plotlyjs
 from torch import Tensor
 
-# %% ../nbs/15_pictures.ipynb #49490f05
+# %% ../nbs/15_pictures.ipynb #45f1b133
 class Colours:
     "A fixed way to turn features into colours: three principal directions, each with a range."
     def __init__(self,
@@ -37,7 +37,7 @@ class Colours:
         seen = (spatial.double().cpu() - self.mean) @ self.directions
         return ((seen - self.low)/(self.high - self.low).clamp_min(1e-12)).clamp(0, 1)
 
-# %% ../nbs/15_pictures.ipynb #b29dcb9f
+# %% ../nbs/15_pictures.ipynb #331e1956
 def tile(
     colours:Tensor, # (h, w, 3) in [0, 1]
     size:int=112,   # of the picture, in pixels
@@ -57,7 +57,7 @@ def sheet(
         for c, image in enumerate(row): page.paste(image, (c*(w + gap), r*(h + gap)))
     return page
 
-# %% ../nbs/15_pictures.ipynb #0010dcc3
+# %% ../nbs/15_pictures.ipynb #b5f9cbf2
 def smoothed(
     values:list[float],
     momentum:float=.9,  # of the running average
@@ -69,7 +69,7 @@ def smoothed(
         out.append(total/weight)
     return out
 
-# %% ../nbs/15_pictures.ipynb #2cb07204
+# %% ../nbs/15_pictures.ipynb #fe47cdea
 palette = ['#1f77b4', '#d62728', '#2ca02c', '#9467bd', '#ff7f0e', '#17becf', '#8c564b', '#e377c2']
 
 def loss_curves(
@@ -77,17 +77,17 @@ def loss_curves(
     kind:str,          # 'summary' or 'spatial'
 )->go.Figure:
     "The losses of every teacher over the steps, faint, and their moving average."
-    fig, steps = go.Figure(), [line['step'] for line in lines]
-    for i, name in enumerate(lines[0]['teachers']):
-        values = [line['teachers'][name].get(kind) for line in lines]
-        if values[0] is None: continue
-        colour = palette[i % len(palette)]
+    fig = go.Figure()
+    for i, name in enumerate(dict.fromkeys(name for line in lines for name in line['teachers'])):
+        seen = {line['step']: line['teachers'][name][kind] for line in lines if kind in line['teachers'].get(name, {})}
+        steps, values, colour = list(seen), list(seen.values()), palette[i % len(palette)]
+        if not seen: continue
         fig.add_scatter(x=steps, y=values, line=dict(color=colour, width=1), opacity=.25, showlegend=False, hoverinfo='skip')
         fig.add_scatter(x=steps, y=smoothed(values), line=dict(color=colour, width=2), name=name)
     return fig.update_layout(width=660, height=300, margin=dict(l=0, r=0, t=10, b=0), xaxis_title='step', yaxis_title=f'{kind} loss',
                              template='plotly_white', legend=dict(x=1, y=1, xanchor='right'))
 
-# %% ../nbs/15_pictures.ipynb #fbdb11a0
+# %% ../nbs/15_pictures.ipynb #a7859f8c
 def plain_curve(
     lines:list[dict],  # of a run's `metrics.jsonl`
     key:str,           # of a number in each line
@@ -112,7 +112,7 @@ def rate_curves(
     fig.update_xaxes(title='bits of a place', type='log').update_yaxes(title='error of a channel')
     return fig.update_layout(width=660, height=300, margin=dict(l=0, r=0, t=10, b=0), template='plotly_white')
 
-# %% ../nbs/15_pictures.ipynb #da9285d9
+# %% ../nbs/15_pictures.ipynb #9b0b6560
 def html_table(
     header:list[str],
     rows:list[list],   # strings as they are, numbers with three decimals
@@ -137,7 +137,7 @@ def html_figure(fig:go.Figure)->str:
     "A plotly figure; the page brings the script."
     return fig.to_html(full_html=False, include_plotlyjs=False, config={'displayModeBar': False})
 
-# %% ../nbs/15_pictures.ipynb #ee311b77
+# %% ../nbs/15_pictures.ipynb #15d50618
 _style = '''body{font:16px/1.55 system-ui,sans-serif;max-width:48rem;margin:2rem auto;padding:0 1rem;color:#222}
 h1{font-size:1.7rem}h2{font-size:1.2rem;margin-top:2.2rem}
 table{border-collapse:collapse;font-size:.9rem}
