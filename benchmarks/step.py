@@ -5,9 +5,9 @@
 The two take their steps in turns, in one run; a ratio is that of their fastest steps. The second figure is for teachers whose
 answers are read from a cache; the loop beside it finds its targets in memory, normalized.
 """
-import tempfile
+import tempfile  # noqa: I001
 
-import radio_nb  # noqa: F401, I001  before timm, so that torchvision can be imported
+import radio_nb  # noqa: F401  before timm, so that torchvision can be imported
 import timm.optim
 import torch
 import torch.nn.functional as F
