@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['share', 'new_engine', 'part_of', 'spread', 'exchanging', 'whole_state', 'load_whole_state']
 
-# %% ../nbs/09e_processes.ipynb #f46edd8e
+# %% ../nbs/09e_processes.ipynb #09209889
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-# %% ../nbs/09e_processes.ipynb #2504e8d4
+# %% ../nbs/09e_processes.ipynb #e39bd6bd
 def share(
     rank:int,   # this process, from 0
     world:int,  # of so many
@@ -32,7 +32,7 @@ def share(
     "Which images of the batch a part of a process's images are, as `as_share` asks for it."
     return {'rank': rank + world*k, 'world': world*parts}
 
-# %% ../nbs/09e_processes.ipynb #01ccb6f2
+# %% ../nbs/09e_processes.ipynb #c8a86644
 def new_engine(
     device:torch.device,
     unused:bool=False,  # whether some step leaves parts of the student without a gradient
@@ -46,7 +46,7 @@ def part_of(engine:Accelerator)->dict[str, int]:
     "Which part of a batch this process has, as `image_batches` and `as_share` ask for it."
     return share(engine.process_index, engine.num_processes)
 
-# %% ../nbs/09e_processes.ipynb #bc32cc97
+# %% ../nbs/09e_processes.ipynb #ec6a0946
 def spread(
     module:nn.Module,
     blocks:list[nn.Module], # parts of it that come together on their own
@@ -74,7 +74,7 @@ def exchanging(
     else:
         with engine.no_sync(module): yield
 
-# %% ../nbs/09e_processes.ipynb #934f70ea
+# %% ../nbs/09e_processes.ipynb #8c2cf794
 _whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 def whole_state(
