@@ -7,7 +7,7 @@ __all__ = ['check_losses', 'check_width', 'normalized', 'shrink', 'draw_window',
            'Pass', 'passes', 'Trainer', 'Prepared', 'best_device', 'check_recipe', 'prepare', 'new_student', 'new_step',
            'export_student', 'distill', 'pulls']
 
-# %% ../nbs/10_train.ipynb #214cbd1f
+# %% ../nbs/10_train.ipynb #17252878
 import json
 import sys
 from contextlib import nullcontext
@@ -43,6 +43,7 @@ from radio_nb.runs import (
     metrics_file,
     save_checkpoint,
     stop_flag,
+    write_whole,
 )
 from .schedule import Leg, Part, heard, learning_rate, legs
 from .statistics import Source, crop_sides, load_flow, load_normalizers, open_sources, statistics_at, take_statistics
@@ -50,7 +51,7 @@ from .student import Student, fold_heads, remove_bottleneck
 from .teachers import Teacher, load_teacher
 from .watch import Clock, check_trackers, flat, gradient_norms, too_loud
 
-# %% ../nbs/10_train.ipynb #c7e4d1bb
+# %% ../nbs/10_train.ipynb #fa231a3e
 def check_losses(step:int, parts:dict[str, dict[str, float]]):
     "Raise `BadInput` that names the teacher whose loss is not finite."
     for name, pair in parts.items():
@@ -58,7 +59,7 @@ def check_losses(step:int, parts:dict[str, dict[str, float]]):
             if not isfinite(value):
                 raise BadInput(f'step {step}: the {kind} loss of teacher {name} is {value}; try a lower lr, or leave this teacher out')
 
-# %% ../nbs/10_train.ipynb #331502ef
+# %% ../nbs/10_train.ipynb #2d83eeba
 def check_width(step:int, name:str, spatial:Tensor, normalizer:Normalizer):
     "Raise `BadInput` that names a teacher whose grid does not fit its normalizer."
     fitted = normalizer.weight.shape[-1] if normalizer.weight.ndim else spatial.shape[-1]
@@ -70,7 +71,7 @@ def normalized(said:dict[str, Features], normalizers:dict[str, Normalizer], step
     for name, (_, spatial) in said.items(): check_width(step, name, spatial, normalizers[name])
     return {name: Features(summary, normalizers[name](spatial)) for name, (summary, spatial) in said.items()}
 
-# %% ../nbs/10_train.ipynb #5931ef0f
+# %% ../nbs/10_train.ipynb #d4c1d603
 def shrink(
     images:Tensor,               # (B, 3, H, W)
     size:int|tuple[int, int],    # a side, or height and width, in pixels
@@ -117,7 +118,7 @@ class Step(nn.Module):
             more, others = self.flow(said, targets, self.student.bottleneck, kept, scale, part.share)
         return own + more, {name: parts[name] | others[name] for name in parts}
 
-# %% ../nbs/10_train.ipynb #55a2f0a4
+# %% ../nbs/10_train.ipynb #e5a55bc4
 def logged(
     engine:Accelerator,
     terms:list[tuple[tuple[str, ...], Tensor]], # names and scalars; those of the same name are added up
@@ -132,7 +133,7 @@ def logged(
         level[last] = value
     return line
 
-# %% ../nbs/10_train.ipynb #432dc8da
+# %% ../nbs/10_train.ipynb #7441b8b1
 @torch.no_grad()
 def change_target(
     linear:nn.Linear,  # the last layer of a head, changed in place
@@ -144,7 +145,7 @@ def change_target(
     linear.weight.copy_(multiply(new.weight, own.weight.T).T)
     linear.bias.copy_(multiply(new.weight, own.bias - new.mean))
 
-# %% ../nbs/10_train.ipynb #e4dd4865
+# %% ../nbs/10_train.ipynb #7c1ca827
 class Weights:
     "All that a gradient changes, in one process or several."
     def __init__(self, step:Step, recipe:Recipe, engine:Accelerator):
@@ -188,7 +189,7 @@ class Weights:
         load_whole_state(self.step, self.optimizer, state['weights'] | flow, state['optimizer'])
         if self.average: self.average.module.load_state_dict(state['average'])
 
-# %% ../nbs/10_train.ipynb #5474ce7e
+# %% ../nbs/10_train.ipynb #2c6ea8b1
 class Pass(NamedTuple):
     "A piece of one part of the batch, to go through the networks in one go."
     source: Source
@@ -216,7 +217,7 @@ def passes(sources:list[Source], batches:tuple[Batch, ...], pieces:int, seed:int
             found.append(Pass(source, mine, piece, seed + (i << 40), (i, k) == (len(sources) - 1, pieces - 1)))
     return found
 
-# %% ../nbs/10_train.ipynb #805dae3e
+# %% ../nbs/10_train.ipynb #1224eda0
 class Trainer:
     "A student that learns step by step, in the processes of an engine, or in this one alone."
     def __init__(self, step:Step, recipe:Recipe, device:torch.device, engine:Accelerator|None=None):
@@ -277,7 +278,7 @@ class Trainer:
         self.step, self.matches = state['step'], state['matches']
         self.weights.load_state_dict(state)
 
-# %% ../nbs/10_train.ipynb #35555c46
+# %% ../nbs/10_train.ipynb #abbaca3e
 class Prepared(NamedTuple):
     "What a recipe names, loaded."
     teachers: dict[str, Teacher]
@@ -316,7 +317,7 @@ def prepare(recipe:Recipe, device:torch.device|None=None)->Prepared:
     teachers = {name: load_teacher(spec, name=name).to(home) for name, spec in teacher_names(recipe.teachers).items()}
     return Prepared(teachers, train, held, last.size, device)
 
-# %% ../nbs/10_train.ipynb #2a8a4577
+# %% ../nbs/10_train.ipynb #d64999bc
 def new_student(
     recipe:Recipe,
     widths:dict[str, tuple[int, int]], # of every teacher's summary and grid
@@ -328,7 +329,7 @@ def new_student(
     return Student(recipe.student, widths, recipe.stem, recipe.head_width, depth=recipe.depth, head_blocks=recipe.head_blocks,
                    windows=recipe.windows, bottleneck=bool(recipe.information and recipe.bottleneck))
 
-# %% ../nbs/10_train.ipynb #0b920c37
+# %% ../nbs/10_train.ipynb #1a5c8256
 def new_step(recipe:Recipe, widths:dict[str, tuple[int, int]], out:Path)->Step:
     "The student, the loss and what else a run compares by."
     loss = MultiTeacherLoss(recipe.method, *teacher_weights(recipe, list(widths)), recipe.balance)
@@ -341,7 +342,7 @@ def export_student(recipe:Recipe, widths:dict[str, tuple[int, int]], state:dict,
     student.load_state_dict(state.get('average', own))
     fold_heads(remove_bottleneck(student), load_normalizers(recipe, widths, out)).save_pretrained(out)
 
-# %% ../nbs/10_train.ipynb #78c0abbf
+# %% ../nbs/10_train.ipynb #822dd2b0
 def distill(
     recipe:Recipe,
     resume:bool=False,  # go on with an unfinished run in the same folder
@@ -354,7 +355,7 @@ def distill(
     engine.wait_for_everyone()   # all have looked at the folder
     if engine.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
-        (out/'recipe.toml').write_text(recipe_toml(recipe))
+        write_whole(out/'recipe.toml', recipe_toml(recipe))
     engine.wait_for_everyone()
     if recipe.trackers: engine.init_trackers('radio_nb', {key: str(value) for key, value in asdict(recipe).items()})
     widths = {name: teacher.widths() for name, teacher in ready.teachers.items()}
@@ -366,7 +367,7 @@ def distill(
     engine.wait_for_everyone()
     return out
 
-# %% ../nbs/10_train.ipynb #1e03ed54
+# %% ../nbs/10_train.ipynb #6ea4d5c6
 def _legs(recipe, plan, ready, widths, engine, out):
     "Every leg of a run that is not done yet; gives the last checkpoint."
     state, trainer = load_checkpoint(out/'checkpoints'), None
@@ -382,7 +383,7 @@ def _legs(recipe, plan, ready, widths, engine, out):
         state = _leg(trainer, state['skipped'] if state else {}, plan[-1].last, out)
     return state
 
-# %% ../nbs/10_train.ipynb #475c41bf
+# %% ../nbs/10_train.ipynb #23f076e3
 def pulls(trainer:Trainer, batches:tuple[Batch, ...])->dict[str, float]:
     "How long each teacher's gradient on the backbone is, averaged over the processes."
     norms = {}
@@ -395,15 +396,16 @@ def pulls(trainer:Trainer, batches:tuple[Batch, ...])->dict[str, float]:
 
 def _watched(trainer, batches, told):
     "What is added to the log when it is time to look at the gradients; a warning goes to the terminal once."
-    recipe = trainer.recipe
-    if not recipe.watch_every or trainer.step % recipe.watch_every or trainer.student.heads_only or recipe.shard: return {}
+    recipe, student = trainer.recipe, trainer.student
+    student.heads_only = trainer.step < recipe.heads_only   # as the step to come will have it
+    if not recipe.watch_every or trainer.step % recipe.watch_every or student.heads_only or recipe.shard: return {}
     found = pulls(trainer, batches)
     word = too_loud(found)
     if word and not told and trainer.engine.is_main_process: print(f'step {trainer.step}: {word}', file=sys.stderr)
     if word: told.add(word)
     return {'pulls': found}
 
-# %% ../nbs/10_train.ipynb #697ab6e5
+# %% ../nbs/10_train.ipynb #380a8e25
 def _leg(trainer, skipped, total, out):
     recipe, engine, leg, main = trainer.recipe, trainer.engine, trainer.leg, trainer.engine.is_main_process
     def checkpoint():

@@ -1,0 +1,97 @@
+"Processes that start in a moment: a server imports the package once, and every child is a fork of it."
+import contextlib
+import multiprocessing
+import os
+import socket
+import time
+from pathlib import Path
+
+import numpy as np
+import radio_nb  # noqa: F401  before timm, so that torchvision can be imported
+import timm
+import torch
+from datasets import Dataset
+from datasets import Image as ImageColumn
+from PIL import Image
+from safetensors.torch import save_file
+
+from radio_nb.cli import main
+from radio_nb.runs import Stopped
+from radio_nb.train import distill
+from radio_nb.zoo import photographs
+
+# in the server nothing has computed yet: a fork of a process with busy threads would hang
+server = multiprocessing.get_context('forkserver')
+server.set_forkserver_preload(['radio_nb.cli'])
+
+
+def _begin(work, args, env, log):
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    with log.open('a', buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file): work(*args)
+
+
+def train(recipe, resume=False):
+    "Run a recipe; exits with 130 where it was asked to stop, as the command does."
+    try: distill(recipe, resume)
+    except Stopped as e: raise SystemExit(print(e) or 130) from e
+
+
+def command(*args):
+    "The command line."
+    main([str(arg) for arg in args])
+
+
+class Children:
+    "Processes that do the same work, together where there are several."
+    def __init__(self, n, log, work, *args):
+        with socket.socket() as free:
+            free.bind(('127.0.0.1', 0))
+            port = free.getsockname()[1]
+        self.logs = [Path(f'{log}-{rank}.txt') for rank in range(n)]
+        self.begun = time.time()
+        self.processes = []
+        for rank, own in enumerate(self.logs):
+            ranks = {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': n, 'LOCAL_WORLD_SIZE': n, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
+            env = {key: str(value) for key, value in ranks.items()} if n > 1 else {}
+            self.processes.append(server.Process(target=_begin, args=(work, args, env, own)))
+            self.processes[-1].start()
+
+    def said(self): return '\n'.join(log.read_text() for log in self.logs if log.exists())
+
+    def alive(self): return any(process.is_alive() for process in self.processes)
+
+    def wait(self, code=0, seconds=120):
+        "Wait for the end; all must exit with `code`. Gives the seconds from the start."
+        for process in self.processes: process.join(max(0, self.begun + seconds - time.time()))
+        ended = time.time() - self.begun
+        for process in self.processes: process.kill()
+        assert [process.exitcode for process in self.processes] == [code]*len(self.processes), self.said()[-3000:]
+        return ended
+
+
+def small_images(folder, n=12, side=96):
+    "A folder of small photographs, quick to decode."
+    folder.mkdir()
+    for i, path in enumerate(photographs()[:n]): Image.open(path).convert('RGB').resize((side, side)).save(folder/f'{i:02d}.png')
+    return str(folder)
+
+
+def other_teacher(path):
+    "The spec of a small transformer with random weights, which are always the same."
+    torch.manual_seed(5)
+    save_file(timm.create_model('test_vit', num_classes=0).state_dict(), path)
+    return f'timm:test_vit@{path}#64'
+
+
+def apart(a, b):
+    "The largest difference between two sets of tensors with the same names."
+    assert a.keys() == b.keys()
+    return max((a[key].double() - b[key].double()).abs().max().item() for key in a)
+
+
+def photo_parquet(path, n=24, side=96):
+    "A Parquet file of photographs, as hubs keep them."
+    images = [Image.open(p).convert('RGB').resize((side, side)) for p in photographs()[:n]]
+    Dataset.from_dict({'image': [np.asarray(image) for image in images]}).cast_column('image', ImageColumn()).to_parquet(path)
+    return str(path)
