@@ -7,7 +7,7 @@ __all__ = ['check_losses', 'check_width', 'normalized', 'shrink', 'draw_window',
            'Pass', 'passes', 'Trainer', 'Prepared', 'best_device', 'check_recipe', 'prepare', 'new_student', 'new_step',
            'export_student', 'distill', 'pulls']
 
-# %% ../nbs/10_train.ipynb #17252878
+# %% ../nbs/10_train.ipynb #ed39d85d
 import json
 import sys
 from contextlib import nullcontext
@@ -51,7 +51,7 @@ from .student import Student, fold_heads, remove_bottleneck
 from .teachers import Teacher, load_teacher
 from .watch import Clock, check_trackers, flat, gradient_norms, too_loud
 
-# %% ../nbs/10_train.ipynb #fa231a3e
+# %% ../nbs/10_train.ipynb #b8eb18c2
 def check_losses(step:int, parts:dict[str, dict[str, float]]):
     "Raise `BadInput` that names the teacher whose loss is not finite."
     for name, pair in parts.items():
@@ -59,7 +59,7 @@ def check_losses(step:int, parts:dict[str, dict[str, float]]):
             if not isfinite(value):
                 raise BadInput(f'step {step}: the {kind} loss of teacher {name} is {value}; try a lower lr, or leave this teacher out')
 
-# %% ../nbs/10_train.ipynb #2d83eeba
+# %% ../nbs/10_train.ipynb #487f537d
 def check_width(step:int, name:str, spatial:Tensor, normalizer:Normalizer):
     "Raise `BadInput` that names a teacher whose grid does not fit its normalizer."
     fitted = normalizer.weight.shape[-1] if normalizer.weight.ndim else spatial.shape[-1]
@@ -71,7 +71,7 @@ def normalized(said:dict[str, Features], normalizers:dict[str, Normalizer], step
     for name, (_, spatial) in said.items(): check_width(step, name, spatial, normalizers[name])
     return {name: Features(summary, normalizers[name](spatial)) for name, (summary, spatial) in said.items()}
 
-# %% ../nbs/10_train.ipynb #d4c1d603
+# %% ../nbs/10_train.ipynb #8de5a1b4
 def shrink(
     images:Tensor,               # (B, 3, H, W)
     size:int|tuple[int, int],    # a side, or height and width, in pixels
@@ -118,7 +118,7 @@ class Step(nn.Module):
             more, others = self.flow(said, targets, self.student.bottleneck, kept, scale, part.share)
         return own + more, {name: parts[name] | others[name] for name in parts}
 
-# %% ../nbs/10_train.ipynb #e5a55bc4
+# %% ../nbs/10_train.ipynb #55737c91
 def logged(
     engine:Accelerator,
     terms:list[tuple[tuple[str, ...], Tensor]], # names and scalars; those of the same name are added up
@@ -133,7 +133,7 @@ def logged(
         level[last] = value
     return line
 
-# %% ../nbs/10_train.ipynb #7441b8b1
+# %% ../nbs/10_train.ipynb #b2f35eb6
 @torch.no_grad()
 def change_target(
     linear:nn.Linear,  # the last layer of a head, changed in place
@@ -145,7 +145,7 @@ def change_target(
     linear.weight.copy_(multiply(new.weight, own.weight.T).T)
     linear.bias.copy_(multiply(new.weight, own.bias - new.mean))
 
-# %% ../nbs/10_train.ipynb #7c1ca827
+# %% ../nbs/10_train.ipynb #62b6d382
 class Weights:
     "All that a gradient changes, in one process or several."
     def __init__(self, step:Step, recipe:Recipe, engine:Accelerator):
@@ -189,7 +189,7 @@ class Weights:
         load_whole_state(self.step, self.optimizer, state['weights'] | flow, state['optimizer'])
         if self.average: self.average.module.load_state_dict(state['average'])
 
-# %% ../nbs/10_train.ipynb #2c6ea8b1
+# %% ../nbs/10_train.ipynb #7785d8d2
 class Pass(NamedTuple):
     "A piece of one part of the batch, to go through the networks in one go."
     source: Source
@@ -217,7 +217,7 @@ def passes(sources:list[Source], batches:tuple[Batch, ...], pieces:int, seed:int
             found.append(Pass(source, mine, piece, seed + (i << 40), (i, k) == (len(sources) - 1, pieces - 1)))
     return found
 
-# %% ../nbs/10_train.ipynb #1224eda0
+# %% ../nbs/10_train.ipynb #dec8939e
 class Trainer:
     "A student that learns step by step, in the processes of an engine, or in this one alone."
     def __init__(self, step:Step, recipe:Recipe, device:torch.device, engine:Accelerator|None=None):
@@ -278,7 +278,7 @@ class Trainer:
         self.step, self.matches = state['step'], state['matches']
         self.weights.load_state_dict(state)
 
-# %% ../nbs/10_train.ipynb #abbaca3e
+# %% ../nbs/10_train.ipynb #ae48db3f
 class Prepared(NamedTuple):
     "What a recipe names, loaded."
     teachers: dict[str, Teacher]
@@ -317,7 +317,7 @@ def prepare(recipe:Recipe, device:torch.device|None=None)->Prepared:
     teachers = {name: load_teacher(spec, name=name).to(home) for name, spec in teacher_names(recipe.teachers).items()}
     return Prepared(teachers, train, held, last.size, device)
 
-# %% ../nbs/10_train.ipynb #d64999bc
+# %% ../nbs/10_train.ipynb #fe2fdbe7
 def new_student(
     recipe:Recipe,
     widths:dict[str, tuple[int, int]], # of every teacher's summary and grid
@@ -329,7 +329,7 @@ def new_student(
     return Student(recipe.student, widths, recipe.stem, recipe.head_width, depth=recipe.depth, head_blocks=recipe.head_blocks,
                    windows=recipe.windows, bottleneck=bool(recipe.information and recipe.bottleneck))
 
-# %% ../nbs/10_train.ipynb #1a5c8256
+# %% ../nbs/10_train.ipynb #1e9114d2
 def new_step(recipe:Recipe, widths:dict[str, tuple[int, int]], out:Path)->Step:
     "The student, the loss and what else a run compares by."
     loss = MultiTeacherLoss(recipe.method, *teacher_weights(recipe, list(widths)), recipe.balance)
@@ -342,7 +342,7 @@ def export_student(recipe:Recipe, widths:dict[str, tuple[int, int]], state:dict,
     student.load_state_dict(state.get('average', own))
     fold_heads(remove_bottleneck(student), load_normalizers(recipe, widths, out)).save_pretrained(out)
 
-# %% ../nbs/10_train.ipynb #822dd2b0
+# %% ../nbs/10_train.ipynb #0450faaa
 def distill(
     recipe:Recipe,
     resume:bool=False,  # go on with an unfinished run in the same folder
@@ -363,11 +363,11 @@ def distill(
     if engine.is_main_process:
         if state['skipped']: (out/'skipped.json').write_text(json.dumps(state['skipped'], indent=2))
         export_student(recipe, widths, state['trainer'], out)
+    engine.wait_for_everyone()   # before the group of processes ends, which is what Accelerate makes of the end of training
     engine.end_training()
-    engine.wait_for_everyone()
     return out
 
-# %% ../nbs/10_train.ipynb #6ea4d5c6
+# %% ../nbs/10_train.ipynb #3fccd44c
 def _legs(recipe, plan, ready, widths, engine, out):
     "Every leg of a run that is not done yet; gives the last checkpoint."
     state, trainer = load_checkpoint(out/'checkpoints'), None
@@ -383,7 +383,7 @@ def _legs(recipe, plan, ready, widths, engine, out):
         state = _leg(trainer, state['skipped'] if state else {}, plan[-1].last, out)
     return state
 
-# %% ../nbs/10_train.ipynb #23f076e3
+# %% ../nbs/10_train.ipynb #3a04727a
 def pulls(trainer:Trainer, batches:tuple[Batch, ...])->dict[str, float]:
     "How long each teacher's gradient on the backbone is, averaged over the processes."
     norms = {}
@@ -405,7 +405,7 @@ def _watched(trainer, batches, told):
     if word: told.add(word)
     return {'pulls': found}
 
-# %% ../nbs/10_train.ipynb #380a8e25
+# %% ../nbs/10_train.ipynb #1833cf6d
 def _leg(trainer, skipped, total, out):
     recipe, engine, leg, main = trainer.recipe, trainer.engine, trainer.leg, trainer.engine.is_main_process
     def checkpoint():
