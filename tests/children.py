@@ -22,7 +22,7 @@ from radio_nb.zoo import photographs
 
 # in the server nothing has computed yet: a fork of a process with busy threads would hang
 server = multiprocessing.get_context('forkserver')
-server.set_forkserver_preload(['radio_nb.cli'])
+server.set_forkserver_preload(['radio_nb.cli', 'PIL.AvifImagePlugin', 'torch._dynamo'])   # what is imported late, too
 
 
 def _begin(work, args, env, log):

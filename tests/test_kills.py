@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -13,7 +14,7 @@ from children import Children, other_teacher, small_images, train
 from radio_nb.recipe import Partition, Recipe, Stage
 from radio_nb.student import Student
 
-KILLS = 20
+KILLS, STEPS = 20, 13
 
 
 @pytest.fixture(scope='module')
@@ -26,13 +27,15 @@ def hard(tmp_path_factory):
     recipe = Recipe(images=small_images(home/'images'), teachers=teachers, out=str(home/'undisturbed'), depth=2, size=64, head_width=32,
                     batch_size=8, accumulate=2, stages=stages, statistics_steps=6, heads_only=3, ema=.9, teacher_dropout=.5, views=2,
                     cache=str(home/'cache'), checkpoint_every=1, keep=2, device='cpu', watch_every=3, warmup=.3)
+    Children(1, home/'first', time.sleep, 0).wait()   # starts the server
     child = Children(1, home/'undisturbed', train, recipe)
     return recipe, Path(recipe.out), child.wait()
 
 
 def losses(out):
     "The lines of a log without the times."
-    return [{key: value for key, value in json.loads(line).items() if key != 'seconds'} for line in (out/'metrics.jsonl').open()]
+    whole = [line for line in (out/'metrics.jsonl').read_text().splitlines(keepends=True) if line.endswith('\n')]
+    return [{key: value for key, value in json.loads(line).items() if key != 'seconds'} for line in whole]
 
 
 def kill_at(child, moment):
@@ -63,7 +66,9 @@ def test_killed_twenty_times_it_trains_the_same_student(hard, tmp_path):
         while not done:
             child = Children(1, tmp_path/f'run{finished}', train, run, resume)
             if kills >= KILLS: killed = child.wait() < 0
-            elif dice.random() < .5: killed = kill_at(child, dice.uniform(.3, 1)*seconds)
+            elif dice.random() < .6:
+                left = 1 - len(losses(out))/STEPS if (out/'metrics.jsonl').exists() else 1   # of the run, after its start
+                killed = kill_at(child, dice.uniform(.05, .3 + .6*left)*seconds)
             else: killed = kill_writing(child, out/'checkpoints', dice.randint(1, 5))
             kills += killed
             writing += killed and any(out.glob('checkpoints/*.part'))
@@ -75,6 +80,37 @@ def test_killed_twenty_times_it_trains_the_same_student(hard, tmp_path):
         assert (out/'statistics-8.safetensors').read_bytes() == (undisturbed/'statistics-8.safetensors').read_bytes()
         assert losses(out) == losses(undisturbed)
         finished += 1
-    print(f'{kills} kills, {writing} of them while a checkpoint was written, {measuring} before the first; {finished} runs, {seconds:.1f} s each')
+    print(f'{kills} kills, {writing} of them while a checkpoint was written, {measuring} before the first; {finished} runs of {seconds:.1f} s')
     assert writing >= 4 and measuring >= 2
     assert Student.from_pretrained(undisturbed).config['teachers'].keys() == {'u2netp', 'small_vit'}
+
+
+class Killed(BaseException):
+    "Stands in for a kill within a file."
+
+
+@pytest.mark.parametrize('resumed', [False, True])
+def test_a_kill_within_a_text_file_leaves_a_run_that_goes_on(hard, tmp_path, monkeypatch, resumed):
+    "Every text file of a run in turn gets half of what was to be written, when it is made and when it is made again."
+    recipe = replace(hard[0], teachers=('zoo:u2netp#64',), stages=(), steps=2, depth=1, size=32, statistics_steps=2, cache='', heads_only=0)
+    undisturbed, write, written, end, n = tmp_path/'0', Path.write_text, [], None, 0
+    train(replace(recipe, out=str(undisturbed)))
+    def dying(path, text, *args, **kwargs):
+        written.append(path)
+        if len(written) != end: return write(path, text, *args, **kwargs)
+        write(path, text[:len(text)//2])
+        raise Killed
+    monkeypatch.setattr(Path, 'write_text', dying)
+    while True:
+        n, written, out = n + 1, [], tmp_path/str(n + 1)
+        if resumed:
+            shutil.copytree(undisturbed, out)
+            for name in ('student.safetensors', 'checkpoints/00000002.pt'): (out/name).unlink()
+        end = n
+        try: train(replace(recipe, out=str(out)), resume=resumed)
+        except Killed: end = None
+        else: break
+        train(replace(recipe, out=str(out)), resume=(out/'recipe.toml').exists())
+        assert (out/'student.safetensors').read_bytes() == (undisturbed/'student.safetensors').read_bytes()
+        assert losses(out) == losses(undisturbed)
+    assert n > 3   # the recipe, the log and the student's shape at least

@@ -4,78 +4,170 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
 
 import pytest
+import torch
+from children import Children, apart, photo_parquet, small_images, train
 from conftest import SMALL
 from safetensors.torch import load_file
 from test_train import wait_for
 
+from radio_nb.data import open_images
+from radio_nb.recipe import Partition, Recipe, Stage
 from radio_nb.runs import load_checkpoint
+from radio_nb.student import Student
 
+STEPS = 20
 # so many statistics that the covariance has full rank: the principal directions of no variance are anyone's choice
-FULL = [*SMALL, '--statistics-steps', '40', '--steps', '20', '--checkpoint-every', '10', '--device', 'cpu']
+PLAIN = Recipe(images='', teachers=('zoo:u2netp#64',), out='', depth=2, size=64, head_width=32, steps=STEPS, batch_size=8,
+               statistics_steps=30, checkpoint_every=10, device='cpu')
+TWO = ('zoo:u2netp#64', 'zoo:u2netp#96')
+MIXED = (Partition(.5, 64), Partition(.5, (64, 32), TWO[1:]))
+CASES = {'plain': {}, 'streamed': {'images': 'stream'},
+         'parts': {'teachers': TWO, 'stages': (Stage(STEPS, partitions=MIXED),), 'accumulate': 2, 'views': 3, 'cache': 'cache', 'ema': .9},
+         'information': {'information': (10., 1.), 'information_steps': 5}}
 
 
-def launch(n, *args):
-    "Start the command in `n` processes that train together."
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n),
-               '--no-python', sys.executable, '-c', 'from radio_nb.cli import main; main()']
-    return subprocess.Popen([*command, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {'OMP_NUM_THREADS': '1'})
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+    "A folder with images, also as a Parquet file."
+    home = tmp_path_factory.mktemp('processes')
+    small_images(home/'images', 24)
+    photo_parquet(home/'images.parquet')
+    return home
 
 
-@pytest.fixture(scope='module', params=[[], ['--information', '10', '1', '--information-steps', '5']], ids=['plain', 'information'])
-def folders(request, tmp_path_factory):
+def recipe_of(case, home, out):
+    "The recipe of a case; a cache of its own for every run."
+    changes = dict(CASES[case])
+    images = f'stream:{home}/images.parquet' if changes.pop('images', '') else str(home/'images')
+    if 'cache' in changes: changes['cache'] = str(home/f'{out.name}-cache')
+    return replace(PLAIN, images=images, out=str(out), **changes)
+
+
+@pytest.fixture(scope='module', params=CASES)
+def folders(request, home):
     "The folders of one run in one process and in two."
-    out = {n: tmp_path_factory.mktemp('processes')/str(n) for n in (1, 2)}
-    for n, folder in out.items():
-        process = launch(n, 'distill', *FULL, *request.param, '--out', folder)
-        printed, error = process.communicate(timeout=300)
-        assert process.returncode == 0, error
-        assert printed.count('The report is') == 1   # only one of them speaks
+    out = {n: home/f'{request.param}-{n}' for n in (1, 2)}
+    children = {n: Children(n, folder, train, recipe_of(request.param, home, folder)) for n, folder in out.items()}
+    for runs in children.values(): runs.wait()
     return out
 
 
 def differences(a, b): return {key: (a[key].double() - b[key].double()).abs().max().item() for key in a}
 
 
+def weights(out, what='weights'): return load_checkpoint(out/'checkpoints')['trainer'][what]
+
+
+def weights_apart(one, two):
+    "The largest difference that a student's answer could show."
+    gaps = differences(one, two)
+    # what is added to all keys of a query changes no attention: the bias of the keys moves by rounding alone, which Adam enlarges
+    for key in [key for key in gaps if key.endswith('qkv.bias')]:
+        queries, _, values = (one[key] - two[key]).abs().chunk(3)
+        gaps[key] = max(queries.max().item(), values.max().item())
+    worst = max(gaps, key=gaps.get)
+    print(f'weights are {gaps[worst]:.1e} apart, most in {worst}')
+    return gaps[worst]
+
+
 def test_two_processes_measure_what_one_does(folders):
-    apart = differences(*(load_file(folder/'statistics.safetensors') for folder in folders.values()))
-    assert max(gap for key, gap in apart.items() if '.modules.' not in key) < 1e-10
+    gaps = differences(*(load_file(folder/'statistics.safetensors') for folder in folders.values()))
+    assert (worst := max(gap for key, gap in gaps.items() if '.modules.' not in key)) < 1e-10
+    print(f'statistics are {worst:.1e} apart')
 
 
 def test_two_processes_train_the_student_of_one(folders, request):
-    one, two = (load_checkpoint(folder/'checkpoints')['trainer']['student'] for folder in folders.values())
-    apart = differences(one, two)
-    # what is added to all keys of a query changes no attention: the bias of the keys moves by rounding alone, which Adam enlarges
-    for key in [key for key in apart if key.endswith('qkv.bias')]:
-        queries, _, values = (one[key] - two[key]).abs().chunk(3)
-        apart[key] = max(queries.max().item(), values.max().item())
-    # KD dropout makes steps with next to no gradient, whose rounding Adam enlarges too
-    assert max(apart.values()) < (1e-4 if 'information' in request.node.name else 1e-5), max(apart, key=apart.get)
+    one, two = (weights(folder) for folder in folders.values())
+    untrained = Student(**json.loads((folders[1]/'config.json').read_text()))
+    assert one.keys() >= {f'student.backbone.{key}' for key in untrained.backbone.state_dict()}
+    # KD dropout makes steps with next to no gradient, whose rounding Adam enlarges
+    assert weights_apart(one, two) < (1e-4 if 'information' in request.node.name else 1e-5)
+    if 'parts' in request.node.name: assert weights_apart(*(weights(folder, 'average') for folder in folders.values())) < 1e-5
 
 
 def test_two_processes_log_what_one_does(folders):
     one, two = ([json.loads(line) for line in (folder/'metrics.jsonl').open()] for folder in folders.values())
-    assert len(one) == len(two) == 20
+    assert len(one) == len(two) == STEPS
     for a, b in zip(one, two):
         assert a['loss'] == pytest.approx(b['loss'], rel=1e-4)
-        for kind, loss in a['teachers']['u2netp'].items(): assert b['teachers']['u2netp'][kind] == pytest.approx(loss, rel=1e-4)
+        for name, kinds in a['teachers'].items():
+            for kind, loss in kinds.items(): assert b['teachers'][name][kind] == pytest.approx(loss, rel=1e-4)
 
 
-@pytest.mark.parametrize('folders', [[]], indirect=True, ids=['plain'])
-def test_two_processes_stop_together_and_go_on_as_one(folders, tmp_path):
-    process = launch(2, 'distill', *FULL, '--out', tmp_path/'run')
+def test_the_sets_of_images_of_these_tests_are_what_they_should_be(home):
+    assert len(open_images(str(home/'images'))) == len(list(open_images(f'stream:{home}/images.parquet'))) == 24
+
+
+def stop(children, out, lines):
+    "Ask processes to stop once so many lines are in the log."
+    while not (out/'metrics.jsonl').exists() or len((out/'metrics.jsonl').read_text().splitlines()) < lines:
+        assert children.alive(), children.said()
+        time.sleep(.002)
+    for process in children.processes: os.kill(process.pid, signal.SIGTERM)
+    children.wait(code=130)
+
+
+@pytest.fixture(scope='module')
+def sharded(home):
+    "The folders of a run in two processes, each with all weights (DDP) and with half of them (FSDP)."
+    out = {shard: home/f'shard-{shard}' for shard in (False, True)}
+    runs = [Children(2, folder, train, replace(recipe_of('plain', home, folder), shard=shard)) for shard, folder in out.items()]
+    for children in runs: children.wait()
+    return out
+
+
+def test_shared_out_weights_are_trained_as_whole_ones(sharded):
+    assert apart(*(load_file(folder/'statistics.safetensors') for folder in sharded.values())) == 0
+    assert weights_apart(*(weights(folder) for folder in sharded.values())) < 1e-4
+    torch.testing.assert_close(*(Student.from_pretrained(folder)(torch.ones(1, 3, 64, 64)/2)['u2netp'].spatial
+                                 for folder in sharded.values()), atol=1e-3, rtol=1e-3)
+
+
+def test_a_checkpoint_of_shared_out_weights_is_whole(sharded):
+    state, plain = weights(sharded[True]), weights(sharded[False])
+    assert {key: tensor.shape for key, tensor in state.items()} == {key: tensor.shape for key, tensor in plain.items()}
+    own = {key[len('student.'):]: tensor for key, tensor in state.items() if key.startswith('student.')}
+    exported = Student.from_pretrained(sharded[True]).state_dict()
+    same = [key for key in own if key.startswith('backbone.')]
+    assert same and all(torch.equal(own[key], exported[key]) for key in same)   # heads are folded, the backbone is as it was
+
+
+@pytest.mark.parametrize('again', [2, 1])
+def test_a_sharded_run_that_was_stopped_goes_on(sharded, home, tmp_path, again):
+    out = tmp_path/'run'
+    recipe = replace(recipe_of('plain', home, out), shard=True)
+    stop(Children(2, tmp_path/'first', train, recipe), out, 4)
+    assert 4 <= load_checkpoint(out/'checkpoints')['step'] < STEPS
+    Children(again, tmp_path/'second', train, recipe, True).wait()
+    assert weights_apart(weights(out), weights(sharded[True])) < (1e-6 if again == 2 else 1e-4)
+
+
+def launch(n, *args):
+    "Start the command in `n` processes that train together, as a user would."
+    launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n),
+                '--no-python', sys.executable, '-c', 'from radio_nb.cli import main; main()']
+    return subprocess.Popen([*launcher, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {'OMP_NUM_THREADS': '1'})
+
+
+def test_two_processes_stop_together_and_go_on_as_one(tmp_path):
+    flags = [*SMALL, '--statistics-steps', '40', '--steps', str(STEPS), '--checkpoint-every', '10', '--device', 'cpu', '--depth', '2']
+    process = launch(2, 'distill', *flags, '--out', tmp_path/'run')
     wait_for(tmp_path/'run'/'metrics.jsonl')
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=300)
     assert process.returncode and 'add --resume' in error
-    process = launch(1, 'distill', *FULL, '--out', tmp_path/'run', '--resume')
-    _, error = process.communicate(timeout=300)
-    assert process.returncode == 0, error
-    a, b = (load_checkpoint(folder/'checkpoints')['trainer']['student'] for folder in (folders[1], tmp_path/'run'))
+    for out, more in (tmp_path/'run', ['--resume']), (tmp_path/'whole', []):
+        process = launch(1, 'distill', *flags, '--out', out, *more)
+        printed, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error
+        assert printed.count('The report is') == 1   # only one of them speaks
     # small rounding differences grow from step to step, but it is the same student
-    assert max(gap for key, gap in differences(a, b).items() if not key.endswith('qkv.bias')) < 1e-4
+    assert weights_apart(weights(tmp_path/'run'), weights(tmp_path/'whole')) < 1e-4
 
 
 def test_a_batch_that_cannot_be_cut_is_refused_in_one_line(tmp_path):

@@ -1,0 +1,185 @@
+"Stages and the parts of a batch: what the command makes of them, and what their weights must add up to."
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from children import Children, command, small_images
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from radio_nb.data import Batch
+from radio_nb.features import BadInput, Features
+from radio_nb.losses import MultiTeacherLoss
+from radio_nb.normalizers import Normalizer
+from radio_nb.recipe import Partition, Recipe, Stage, read_recipe
+from radio_nb.runs import load_checkpoint
+from radio_nb.schedule import Leg, Part, legs
+from radio_nb.statistics import Source, load_normalizers
+from radio_nb.student import Student
+from radio_nb.train import Step, Trainer, distill, new_step
+
+TOML = '''
+images = "{images}"
+teachers = ["zoo:u2netp#64", "zoo:u2netp#96"]
+out = "{out}"
+depth = 1
+head_width = 32
+batch_size = 4
+hold_out = 2
+statistics_steps = 2
+device = "cpu"
+ema = 0.5
+checkpoint_every = 1
+keep = 9
+
+[[stages]]
+steps = 2
+teachers = ["zoo:u2netp#64"]
+size = 64
+
+[[stages]]
+steps = 2
+[[stages.partitions]]
+share = 0.5
+size = 224
+[[stages.partitions]]
+share = 0.25
+size = [160, 288]
+[[stages.partitions]]
+share = 0.25
+size = 512
+teachers = ["zoo:u2netp#96"]
+
+[[stages]]
+steps = 2
+size = 64
+restart_statistics = false
+restart_lr = false
+'''
+
+
+@pytest.fixture(scope='module')
+def staged(tmp_path_factory):
+    "The recipe and folder of a run in stages, and what the command said."
+    home = tmp_path_factory.mktemp('stages')
+    file, out = home/'stages.toml', home/'run'
+    file.write_text(TOML.format(images=small_images(home/'images', 14), out=out))
+    child = Children(1, home/'said', command, 'distill', '--recipe', file)
+    child.wait()
+    return Recipe(**read_recipe(file)), out, child.said()
+
+
+def test_stages_of_three_sizes_in_one_batch_run_from_a_file(staged):
+    recipe, out, said = staged
+    table = [line.split() for line in said.splitlines() if line.startswith('zoo:u2netp')]
+    assert {row[0] for row in table} == set(recipe.teachers) and len(table) == 4   # new crops and new images of two teachers
+    assert 'The report is' in said and (out/'report.html').stat().st_size > 10_000
+    lines = [json.loads(line) for line in (out/'metrics.jsonl').open()]
+    assert [list(line['teachers']) for line in lines] == [['zoo:u2netp#64']]*2 + [list(recipe.teachers)]*4
+    assert lines[1]['lr'] < recipe.lr/10 and max(lines[2]['lr'], lines[3]['lr']) > recipe.lr/2   # it rises anew in the second stage
+    parts = legs(recipe, list(recipe.teachers))[1].parts
+    assert [part.size for part in parts] == [(224, 224), (160, 288), (512, 512)]
+
+
+@pytest.mark.parametrize('step', [2, 3, 4])
+def test_a_run_goes_on_at_a_boundary_to_the_same_bits(staged, tmp_path, step):
+    recipe, out, _ = staged
+    again = replace(recipe, out=str(tmp_path/'run'))
+    shutil.copytree(out, again.out)
+    (tmp_path/'run'/'recipe.toml').write_text((out/'recipe.toml').read_text().replace(str(out), again.out))
+    for name in ('student.safetensors', 'match.json', 'report.html'): (tmp_path/'run'/name).unlink()
+    for later in range(step + 1, 7): (tmp_path/'run'/'checkpoints'/f'{later:08d}.pt').unlink()
+    if step == 2: (tmp_path/'run'/'statistics-2.safetensors').unlink()
+    distill(again, resume=True)
+    assert (tmp_path/'run'/'student.safetensors').read_bytes() == (out/'student.safetensors').read_bytes()
+
+
+def denormalized(student, name, normalizer, images):
+    "What a student says of a teacher's grid in the teacher's own terms."
+    return normalizer.inverse(student(images)[name].spatial)
+
+
+def test_new_statistics_leave_what_the_student_says(staged):
+    "At the boundary of the run above, with the trainer's own step over it."
+    recipe, out, _ = staged
+    plan, widths = legs(recipe, list(recipe.teachers)), Student.from_pretrained(out).config['teachers']
+    trainer = Trainer(new_step(recipe, widths, out), recipe, torch.device('cpu'))
+    trainer.load_state_dict(torch.load(out/'checkpoints'/'00000002.pt', weights_only=True)['trainer'])
+    old, new = (load_normalizers(recipe, widths, out, at) for at in (1, 2))
+    name, images = recipe.teachers[0], torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert list(old) == [name] and list(new) == list(recipe.teachers)
+    assert (old[name].mean - new[name].mean).abs().max() > 1e-3   # it was measured on other crops
+    def answers(normalizer):
+        with torch.no_grad(): return [denormalized(student.eval(), name, normalizer, images) for student in trainer.weights.students()]
+    before = answers(old[name])
+    optimizer = trainer.weights.optimizer
+    trainer.enter(plan[1], [], new, old)
+    assert trainer.weights.optimizer is not optimizer and len(before) == 2   # the student and its average
+    for a, b in zip(before, answers(new[name])): torch.testing.assert_close(a, b, atol=1e-3*a.abs().max().item(), rtol=0)
+    with torch.no_grad(): wrong = denormalized(trainer.student, name, old[name], images)
+    assert (wrong - before[0]).abs().max() > 1e-2*before[0].abs().max()   # so that the test above means something
+
+
+@st.composite
+def cut_batches(draw):
+    "A batch size, shares of it, and some of three teachers for each, so that everyone sees something."
+    counts = draw(st.lists(st.integers(1, 3), min_size=1, max_size=4))
+    groups = [tuple(draw(st.lists(st.sampled_from('abc'), min_size=1, max_size=3, unique=True))) for _ in counts]
+    return counts, groups, draw(st.integers(0, 2**31))
+
+
+@settings(max_examples=60, deadline=None)
+@given(cut_batches())
+def test_over_all_rotations_the_weighted_losses_are_those_of_the_whole_batch(case):
+    "Every image stands at every place once; a teacher that sees half of the places is then heard as if it saw all of them."
+    counts, groups, seed = case
+    n, names = sum(counts), sorted({name for group in groups for name in group})
+    stage = Stage(1, partitions=tuple(Partition(count/n, 32, group) for count, group in zip(counts, groups)))
+    parts = legs(Recipe('zoo:photos', tuple(names), 'x', batch_size=n, stages=(stage,)), names)[0].parts
+    random = torch.Generator().manual_seed(seed)
+    def answers(): return {name: Features(*(torch.randn(*shape, generator=random) for shape in ((n, 5), (n, 2, 2, 3)))) for name in names}
+    said, targets, ones = answers(), answers(), dict.fromkeys(names, 1.)
+    loss = MultiTeacherLoss('phi-s', ones, ones)
+    total = 0
+    for shift in range(n):
+        order = torch.arange(n).roll(shift)
+        def take(features, part):
+            rows = order[slice(*part.span)]
+            return {name: Features(*(tensor[rows] for tensor in features[name])) for name in part.weights}
+        total += sum(loss(take(said, part), take(targets, part), scale=part.weights)[0] for part in parts)/n
+    torch.testing.assert_close(total, loss(said, targets)[0])
+    for name in names: assert sum(part.weights.get(name, 0) for part in parts) == pytest.approx(1)
+
+
+class Few(torch.nn.Module):
+    "A student of one layer."
+    def __init__(self, width):
+        super().__init__()
+        self.backbone, self.width = torch.nn.Conv2d(3, width, 8, 8), width
+
+    def no_weight_decay(self): return set()
+
+    def forward(self, images):
+        grid = self.backbone(images)
+        return {'fickle': Features(grid.mean((2, 3)), grid.movedim(1, -1))}
+
+
+def test_a_teacher_that_changes_its_width_within_a_run_is_named():
+    "Any callable may be a teacher; this one gives 5 channels from its third batch on."
+    asked = []
+    def fickle(images):
+        asked.append(len(images))
+        width = 3 if len(asked) < 3 else 5
+        return Features(torch.rand(len(images), 3), torch.rand(len(images), 4, 4, width))
+    part = Part((0, 2), (32, 32), 1., {'fickle': 1.})
+    recipe = Recipe('zoo:photos', ('fickle',), '', steps=5, batch_size=2, size=32)
+    loss = MultiTeacherLoss('phi-s', {'fickle': 1.}, {'fickle': 1.})
+    trainer = Trainer(Step(Few(3), loss), recipe, torch.device('cpu'))
+    trainer.enter(Leg(0, 5, (part,), (0, 5), ('fickle',)), [Source(part, None, {'fickle': fickle})], {'fickle': Normalizer.blank('phi-s', 3)})
+    batch = Batch(torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8), {}, torch.tensor([-1, -1]))
+    trainer(batch), trainer(batch)
+    before = {key: tensor.clone() for key, tensor in trainer.state_dict()['weights'].items()}
+    with pytest.raises(BadInput, match='step 2: teacher fickle gives 5 channels, and gave 3 when its statistics were taken'): trainer(batch)
+    assert trainer.step == 2 and all(torch.equal(before[key], tensor) for key, tensor in trainer.state_dict()['weights'].items())
