@@ -5,7 +5,7 @@
 Distinct small JPEGs are written, as files in a folder and as rows of Parquet, and each way of reading them goes once
 through all of them in a process of its own. Parquet that is opened is mapped into memory: the peak counts every page that
 was touched, though the system takes those back when it needs them, so the memory is given without them too. A stream
-holds rows of ten files at a time, so both numbers of images come in as many files.
+holds parts of ten files at a time, whose size is therefore the same for both numbers of images.
 """
 import argparse
 import resource
@@ -31,15 +31,15 @@ def jpeg(i):
 
 
 def write(folder, n):
-    "The first `n` images, as files and as Parquet in 20 shards with groups of 100 rows."
+    "The first `n` images, as files and as Parquet, 500 rows in a file."
     files = folder/'files'
     for i in range(n):
         if i % 1000 == 0: (files/f'{i//1000:03}').mkdir(parents=True)
         (files/f'{i//1000:03}'/f'{i:06}.jpg').write_bytes(jpeg(i))
     (folder/'parquet').mkdir()
-    for k, shard in enumerate(np.array_split(np.arange(n), 20)):
+    for k, shard in enumerate(np.split(np.arange(n), range(500, n, 500))):
         rows = {'image': [{'bytes': jpeg(i), 'path': None} for i in shard]}
-        Dataset.from_dict(rows, Features({'image': ImageColumn()})).to_parquet(folder/'parquet'/f'{k:02}.parquet', batch_size=100)
+        Dataset.from_dict(rows, Features({'image': ImageColumn()})).to_parquet(folder/'parquet'/f'{k:03}.parquet', batch_size=100)
 
 
 def read(source, n, size, batch):
