@@ -3,8 +3,9 @@
     python benchmarks/memory.py [--few 10000] [--many 50000] [--size 32] [--batch 64]
 
 Distinct small JPEGs are written, as files in a folder and as rows of Parquet, and each way of reading them goes once
-through all of them in a process of its own. What Parquet is converted to is mapped into memory: of those pages, which
-the system takes back when it needs them, the peak counts all that were touched, so it is given without them too.
+through all of them in a process of its own. Parquet that is opened is mapped into memory: the peak counts every page that
+was touched, though the system takes those back when it needs them, so the memory is given without them too. A stream
+holds parts of ten files at a time, whose size is therefore the same for both numbers of images.
 """
 import argparse
 import resource
@@ -15,7 +16,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, Features
+from datasets import Dataset, Features, disable_progress_bars
 from datasets import Image as ImageColumn
 from PIL import Image
 from timing import report
@@ -30,15 +31,15 @@ def jpeg(i):
 
 
 def write(folder, n):
-    "The first `n` images, as files and as Parquet in shards of 5000."
+    "The first `n` images, as files and as Parquet, 500 rows in a file."
     files = folder/'files'
     for i in range(n):
         if i % 1000 == 0: (files/f'{i//1000:03}').mkdir(parents=True)
         (files/f'{i//1000:03}'/f'{i:06}.jpg').write_bytes(jpeg(i))
     (folder/'parquet').mkdir()
-    for first in range(0, n, 5000):
-        rows = [{'bytes': jpeg(i), 'path': None} for i in range(first, min(first + 5000, n))]
-        Dataset.from_dict({'image': rows}, Features({'image': ImageColumn()})).to_parquet(folder/'parquet'/f'{first:06}.parquet')
+    for k, shard in enumerate(np.split(np.arange(n), range(500, n, 500))):
+        rows = {'image': [{'bytes': jpeg(i), 'path': None} for i in shard]}
+        Dataset.from_dict(rows, Features({'image': ImageColumn()})).to_parquet(folder/'parquet'/f'{k:03}.parquet', batch_size=100)
 
 
 def read(source, n, size, batch):
@@ -56,6 +57,7 @@ def peak(source, n, args):
     return tuple(map(float, printed.split()[-2:]))
 
 
+disable_progress_bars()
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 for name, default in {'few': 10_000, 'many': 50_000, 'size': 32, 'batch': 64}.items():
     parser.add_argument(f'--{name}', type=int, default=default)

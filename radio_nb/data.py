@@ -7,7 +7,8 @@ __all__ = ['UNDECODED', 'SMALLEST', 'TRIES', 'image_files', 'open_images', 'to_r
            'height_width', 'random_crop', 'centre_crop', 'Crop', 'Crops', 'Batch', 'image_batches', 'StreamedCrops',
            'stream_of', 'hold_out']
 
-# %% ../nbs/09_data.ipynb #5fed0e33
+# %% ../nbs/09_data.ipynb #d4c6dd78
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,19 +31,20 @@ from torchvision.transforms.functional import pil_to_tensor
 from .features import BadInput
 from .zoo import photographs
 
-# %% ../nbs/09_data.ipynb #88b7ae1c
+# %% ../nbs/09_data.ipynb #696f25bf
 def image_files(
     folder:Path, # searched with all its subfolders
 )->list[str]:    # sorted
     "Every file in a folder whose name ends like an image's."
-    endings = set(Image.registered_extensions())
-    return sorted(str(path) for path in Path(folder).rglob('*') if path.suffix.lower() in endings and path.is_file())
+    endings = tuple(Image.registered_extensions())
+    paths = (os.path.join(place, name) for place, _, names in os.walk(folder) for name in names if name.lower().endswith(endings))
+    return sorted(path for path in paths if os.path.isfile(path))  # not a link to nowhere
 
-# %% ../nbs/09_data.ipynb #1cfdacde
+# %% ../nbs/09_data.ipynb #085fc4cb
 UNDECODED = Columns({'image': ImageColumn(decode=False)})
 
 def _from_files(files, stream=False):
-    images = Dataset.from_dict({'image': files}, features=UNDECODED)
+    images = Dataset.from_dict({'image': files}).cast_column('image', UNDECODED['image'])  # the cast copies no names to Python
     return images.to_iterable_dataset(min(len(files), 128)) if stream else images
 
 def _only_images(dataset, source):
@@ -55,7 +57,7 @@ def _only_images(dataset, source):
     if next(iter(dataset), None) is None: raise BadInput(f'{source} is empty')
     return dataset
 
-# %% ../nbs/09_data.ipynb #3f05b599
+# %% ../nbs/09_data.ipynb #637fbec7
 def open_images(
     source:str, # a folder, a Parquet file or folder, 'hf:name', 'hf:name:split' or 'zoo:photos'; 'stream:' before it to stream
 )->Dataset|IterableDataset: # one column `image`, undecoded; an `IterableDataset` where it is streamed
@@ -64,7 +66,8 @@ def open_images(
     if source == 'zoo:photos': return _from_files([str(path) for path in photographs()], stream)
     if source.startswith('hf:'):
         name, _, split = source[3:].partition(':')
-        return _load(f'hf:{name}', '. Without a network give a folder or a Parquet file', path=name, split=split or 'train', streaming=stream)
+        cure = '. Without a network give a folder or a Parquet file'
+        return _load(f'hf:{name}', cure, path=name, split=split or 'train', streaming=stream)
     path = Path(source)
     if not path.exists(): raise BadInput(f'no such folder or file: {source} (a data set on a hub is written hf:name)')
     parquet = sorted(map(str, path.rglob('*.parquet'))) if path.is_dir() else [source]*(path.suffix == '.parquet')
@@ -73,7 +76,7 @@ def open_images(
     if not files: raise BadInput(f'{source} holds neither an image nor a Parquet file')
     return _from_files(files, stream)
 
-# %% ../nbs/09_data.ipynb #c4f44817
+# %% ../nbs/09_data.ipynb #04a2ce11
 def _load(source, cure='', **kwargs):
     try: return _only_images(load_dataset(**kwargs), source)
     except BadInput: raise
@@ -81,7 +84,7 @@ def _load(source, cure='', **kwargs):
         reason = (str(e).strip() or type(e).__name__).splitlines()[0][:160]
         raise BadInput(f'{source} could not be loaded ({reason}){cure}') from e
 
-# %% ../nbs/09_data.ipynb #7bd61ca5
+# %% ../nbs/09_data.ipynb #74897a10
 def to_rgb(
     image:Image.Image, # as Pillow opened it
 )->Image.Image:        # 8 bits, three channels, upright
@@ -94,13 +97,13 @@ def to_rgb(
         return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
     return image.convert('RGB')
 
-# %% ../nbs/09_data.ipynb #c187ae3b
+# %% ../nbs/09_data.ipynb #ebadfdc9
 class Unreadable(Exception):
     "An image that cannot be used; the message says why."
 
 SMALLEST = 16  # pixels along the shorter side; below that a crop shows nothing
 
-# %% ../nbs/09_data.ipynb #f926d884
+# %% ../nbs/09_data.ipynb #e181695d
 def decode(
     row:dict|None, # `{'path': …, 'bytes': …}`, an undecoded cell of `datasets`
 )->Image.Image:
@@ -114,7 +117,7 @@ def decode(
     if min(image.size) < SMALLEST: raise Unreadable(f'is only {image.width} × {image.height} pixels')
     return image
 
-# %% ../nbs/09_data.ipynb #79d3c69c
+# %% ../nbs/09_data.ipynb #6a4d14fa
 def random_box(
     width:int,  # of the image, in pixels
     height:int,
@@ -128,7 +131,7 @@ def random_box(
     left, top = random.uniform(0, width - w), random.uniform(0, height - h)
     return left, top, left + w, top + h
 
-# %% ../nbs/09_data.ipynb #8ea88280
+# %% ../nbs/09_data.ipynb #399cbf0e
 def height_width(size:int|tuple[int, int])->tuple[int, int]:
     "The sides of a crop whose size is that of a square or a pair."
     return (size, size) if isinstance(size, int) else tuple(size)
@@ -152,7 +155,7 @@ def centre_crop(
     "The largest part in the middle of an image that has the shape of the crop, for evaluation."
     return pil_to_tensor(ImageOps.fit(image, height_width(size)[::-1], Image.Resampling.BILINEAR))
 
-# %% ../nbs/09_data.ipynb #f98d18db
+# %% ../nbs/09_data.ipynb #e1486c16
 TRIES = 100  # images in a row that may be unreadable before a run gives up
 
 class Crop(NamedTuple):
@@ -170,7 +173,7 @@ def _first_readable(candidates, crop):
     name, reason = next(iter(skipped.items()))
     raise BadInput(f'none of {len(skipped)} images that were tried can be used; the first: {name} {reason}')
 
-# %% ../nbs/09_data.ipynb #d148fe59
+# %% ../nbs/09_data.ipynb #c97b798e
 class Crops:
     "The stream: `crops[position]` is a `Crop`."
     def __init__(self,
@@ -222,7 +225,7 @@ class Crops:
         "A batch for each range of positions, decoded by `workers` processes."
         return iter(DataLoader(self, batch_sampler=positions, num_workers=workers, collate_fn=_collate))
 
-# %% ../nbs/09_data.ipynb #2bc5c3fa
+# %% ../nbs/09_data.ipynb #e682cc0d
 class Batch(NamedTuple):
     "Some crops of a stream."
     images: Tensor           # (B, 3, height, width) uint8
@@ -233,7 +236,7 @@ def _collate(crops):
     skipped = {name: why for crop in crops for name, why in crop.skipped.items()}
     return Batch(torch.stack([crop.image for crop in crops]), skipped, torch.tensor([crop.row for crop in crops]))
 
-# %% ../nbs/09_data.ipynb #ae2ac51d
+# %% ../nbs/09_data.ipynb #81743f8d
 def _places(batch_size, rank, world, span):
     "The places of a batch that one process is to see."
     first, end = span or (0, batch_size)
@@ -257,7 +260,25 @@ def image_batches(
     firsts = range(start*batch_size, steps*batch_size, batch_size)
     return crops.batches((range(first + places.start, first + places.stop, world) for first in firsts), workers)
 
-# %% ../nbs/09_data.ipynb #dcb3a55e
+# %% ../nbs/09_data.ipynb #9874fb1a
+def _name(row):
+    "What to call an image in a report: its path, or its size and checksum."
+    if row is None: return 'a row without an image'
+    return row['path'] or f'{len(row["bytes"] or b"")} bytes with checksum {crc32(row["bytes"] or b""):08x}'
+
+def _with_followers(undecoded, batches):
+    "For every batch, its positions with the image there and those behind it."
+    window, at, rows = deque(maxlen=TRIES), None, None
+    for places in batches:
+        if rows is None: at, rows = places[0] - TRIES, undecoded(places[0])
+        batch = []
+        for position in places:
+            window.extend(islice(rows, position - at))
+            at = position
+            batch.append((position, tuple(window)))
+        yield batch
+
+# %% ../nbs/09_data.ipynb #9e5c8f3a
 class StreamedCrops:
     "The stream of a source that is read from front to back; goes round for ever."
     def __init__(self,
@@ -289,25 +310,13 @@ class StreamedCrops:
             if not length: raise BadInput('the stream of images is empty')
             epoch, before = (epoch + 1, 0) if length > before else divmod(position, length)
 
-    def _with_followers(self, batches):
-        "For every batch, its positions with the image there and those behind it."
-        window, at, rows = deque(maxlen=TRIES), None, None
-        for places in batches:
-            if rows is None: at, rows = places[0] - TRIES, self.undecoded(places[0])
-            batch = []
-            for position in places:
-                window.extend(islice(rows, position - at))
-                at = position
-                batch.append((position, tuple(window)))
-            yield batch
-
     def _crop(self, position, rows):
         random = np.random.default_rng([self.seed, 1, position])
         return Crop(*_first_readable(((_name(row), row) for row in rows), lambda image: self.crop(image, self.size, random)))
 
     def batches(self, positions:Iterable[range], workers:int=0)->Iterator[Batch]:
         "A batch for each range of positions, one behind the other, decoded two batches ahead by `workers` threads."
-        batches = self._with_followers(positions)
+        batches = _with_followers(self.undecoded, positions)
         if not workers:
             for batch in batches: yield _collate([self._crop(*crop) for crop in batch])
             return
@@ -319,12 +328,7 @@ class StreamedCrops:
             for batch in ahead: yield _collate([crop.result() for crop in batch])
         finally: pool.shutdown(cancel_futures=True)
 
-def _name(row):
-    "What to call an image in a report: its path, or its size and checksum."
-    if row is None: return 'a row without an image'
-    return row['path'] or f'{len(row["bytes"] or b"")} bytes with checksum {crc32(row["bytes"] or b""):08x}'
-
-# %% ../nbs/09_data.ipynb #925f3434
+# %% ../nbs/09_data.ipynb #f8ebfe68
 def stream_of(
     images:Dataset|IterableDataset, # from `open_images`
     size:int|tuple[int, int],       # of the crops: of a square, or height and width, in pixels
@@ -336,7 +340,7 @@ def stream_of(
     if views: raise BadInput('the images of a stream have no fixed views; open it without stream:')
     return StreamedCrops(images, size, seed)
 
-# %% ../nbs/09_data.ipynb #8989c32c
+# %% ../nbs/09_data.ipynb #2fa8a7d8
 def hold_out(
     images:Dataset|IterableDataset,
     n:int,                       # how many to keep from training
