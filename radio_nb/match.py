@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['linear_cka', 'rankme', 'Match', 'teacher_match', 'Constant']
 
-# %% ../nbs/11_match.ipynb #192a6111
+# %% ../nbs/11_match.ipynb #4e094e3a
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from .features import BadInput, Features, resample
 from .moments import Moments
 from .normalizers import Normalizer, multiply
 
-# %% ../nbs/11_match.ipynb #dd02eb08
+# %% ../nbs/11_match.ipynb #e13deb92
 def _cka(moments, width):
     "The alignment of the first `width` channels with the others."
     cov, scale = moments.cov, moments.mean.abs()
@@ -36,7 +36,7 @@ def linear_cka(
         raise BadInput(f'features must be (n, C) and (n, D), not {tuple(x.shape)} and {tuple(y.shape)}')
     return _cka(Moments(x.shape[1] + y.shape[1]).update(torch.cat([x.double(), y.double()], 1)), x.shape[1])
 
-# %% ../nbs/11_match.ipynb #b062bba9
+# %% ../nbs/11_match.ipynb #af426447
 def _rankme(squares):
     "RankMe of features whose $X^TX$ is a multiple of `squares`, (C, C) float64."
     eigenvalues = torch.linalg.eigvalsh(squares.cpu()).clamp(min=0)
@@ -55,7 +55,7 @@ def rankme(
     if x.ndim != 2 or not len(x): raise BadInput(f'features must be (n, C), not {tuple(x.shape)}')
     return _rankme(_squares(Moments(x.shape[1]).update(x)))
 
-# %% ../nbs/11_match.ipynb #167348be
+# %% ../nbs/11_match.ipynb #daa267e2
 class _Spread:
     "The variance of each channel, summed up over batches."
     def __init__(self): self.n = self.sum = self.squares = 0
@@ -68,7 +68,7 @@ class _Spread:
         variances = self.squares/self.n - (self.sum/self.n).square()
         return (variances.max() - variances.min()).item()
 
-# %% ../nbs/11_match.ipynb #14510879
+# %% ../nbs/11_match.ipynb #2e09dc5d
 class Match:
     "How one teacher and a student agree, summed up over batches."
     def __init__(self,
@@ -88,13 +88,14 @@ class Match:
         y = teacher.spatial.double().flatten(0, 2)
         x = resample(student.spatial.float(), teacher.spatial.shape[1:3]).double().flatten(0, 2)
         self.places, self.images = self.places + len(y), self.images + len(teacher.summary)
-        self.squared_error += (x - y).square().sum().item()
+        error = x - y
+        self.squared_error += error.square().sum().item()
         self.cosine += F.cosine_similarity(x, y, dim=-1).sum().item()
         self.sum, self.squares = self.sum + y.sum(0), self.squares + y.square().sum().item()
         if student.summary.shape[-1]:
             self.summary_cosine += F.cosine_similarity(student.summary.double(), teacher.summary.double(), dim=-1).sum().item()
         else: self.summary_cosine = float('nan')
-        self._spreads(x - y)
+        self._spreads(error)
         if self.thorough: self._joint(x, y)
         return self
 
@@ -122,7 +123,7 @@ class Match:
         return {'cka': _cka(self.joint, width), 'rankme': _rankme(squares[:width, :width]),
                 'rankme_teacher': _rankme(squares[width:, width:])}
 
-# %% ../nbs/11_match.ipynb #dbe16b78
+# %% ../nbs/11_match.ipynb #3dfccc67
 def teacher_match(
     students:dict[str, Callable[[Tensor], dict[str, Features]]], # from images in [0, 1] to features in the teachers' spaces
     teachers:dict[str, Callable[[Tensor], Features]],
@@ -140,7 +141,7 @@ def teacher_match(
             for name, features in said.items(): matches[who][name].update(answers[name], features)
     return {who: {name: match.result() for name, match in by_teacher.items()} for who, by_teacher in matches.items()}
 
-# %% ../nbs/11_match.ipynb #aa1f9d35
+# %% ../nbs/11_match.ipynb #ebd2d32b
 class Constant:
     "The student that says the same of every image: its teachers' means over the training images."
     def __init__(self,
