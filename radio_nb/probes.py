@@ -6,7 +6,7 @@
 __all__ = ['STRENGTHS', 'fit_classifier', 'LinearProbe', 'linear_probe', 'confusion', 'iou_by_class', 'mean_iou', 'open_labelled',
            'segmentation_images', 'cached_grids', 'segment', 'SegmentationProbe', 'segmentation_probe']
 
-# %% ../nbs/14_probes.ipynb #e2910bc3
+# %% ../nbs/14_probes.ipynb #12b3c8d8
 from collections.abc import Callable, Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -24,16 +24,18 @@ from torchvision.transforms.functional import pil_to_tensor
 from .data import Unreadable, decode, height_width
 from .features import BadInput
 
-# %% ../nbs/14_probes.ipynb #4bfe0255
+# %% ../nbs/14_probes.ipynb #9e68d13d
 def fit_classifier(
     x:Tensor,          # standardized summaries, (n, C)
     y:Tensor,          # their classes, (n,) int64
     classes:int,
     l2:float,          # λ: minimizes the mean cross-entropy + λ/2 · the sum of the squared weights
+    start:tuple[Tensor, Tensor]|None=None, # weight and bias to start from; zeros by default
     max_steps:int=1000,
 )->tuple[Tensor, Tensor]: # weight (classes, C) and bias (classes,)
     "Multinomial logistic regression by L-BFGS."
-    weight, bias = x.new_zeros(classes, x.shape[1], requires_grad=True), x.new_zeros(classes, requires_grad=True)
+    weight, bias = start or (x.new_zeros(classes, x.shape[1]), x.new_zeros(classes))
+    weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=max_steps, tolerance_grad=1e-6, tolerance_change=1e-10,
                                   line_search_fn='strong_wolfe')
     def objective():
@@ -44,7 +46,7 @@ def fit_classifier(
     optimizer.step(objective)
     return weight.detach(), bias.detach()
 
-# %% ../nbs/14_probes.ipynb #aa20aa83
+# %% ../nbs/14_probes.ipynb #c02720bb
 STRENGTHS = (10., 1., .1, .01, .001, .0001)  # of the penalty, the strongest first, so that it wins a tie
 
 class LinearProbe(NamedTuple):
@@ -60,9 +62,13 @@ def _choose(x, y, classes, strengths):
     "The accuracy on a held-out fifth for every strength."
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
     held, rest = order[:len(x)//5], order[len(x)//5:]
-    return {l2: _accuracy(x[held], y[held], *fit_classifier(x[rest], y[rest], classes, l2)) for l2 in strengths}
+    fit, tried = None, {}
+    for l2 in strengths:  # each from where the one before it ended, which is not far
+        fit = fit_classifier(x[rest], y[rest], classes, l2, fit)
+        tried[l2] = _accuracy(x[held], y[held], *fit)
+    return tried
 
-# %% ../nbs/14_probes.ipynb #73ddbd86
+# %% ../nbs/14_probes.ipynb #fe8c9f8a
 def _check_labelled(x, y, what):
     if x.ndim != 2 or y.shape != x.shape[:1]:
         raise BadInput(f'the {what} set needs summaries (n, C) and classes (n,), not {tuple(x.shape)} and {tuple(y.shape)}')
@@ -97,7 +103,7 @@ def linear_probe(
     classifier = _folded(*fit_classifier(x, train_y, classes, l2), mean, std)
     return LinearProbe(_accuracy(test_x.to(dtype), test_y, classifier.weight, classifier.bias), l2, tried, classifier)
 
-# %% ../nbs/14_probes.ipynb #3688534d
+# %% ../nbs/14_probes.ipynb #f04a65b1
 def confusion(
     said:Tensor,   # predicted classes, any shape, integers
     truth:Tensor,  # of the same shape
@@ -124,7 +130,7 @@ def mean_iou(
     "The mean of `iou_by_class` over the classes that occur or are said to."
     return iou_by_class(confusion).nanmean().item()
 
-# %% ../nbs/14_probes.ipynb #a89e3307
+# %% ../nbs/14_probes.ipynb #2c7c2942
 def open_labelled(
     source:str|Path, # a Parquet file, or a folder of them
 )->Dataset:          # columns `image` and `mask`, undecoded
@@ -141,7 +147,7 @@ def open_labelled(
     for name in rows.column_names: rows = rows.cast_column(name, ImageColumn(decode=False))
     return rows
 
-# %% ../nbs/14_probes.ipynb #f8f17fad
+# %% ../nbs/14_probes.ipynb #2299c733
 def _mask(row, size, name):
     "A mask of `size` (height, width) as class numbers."
     if row is None: raise BadInput(f'{name} is missing')
@@ -174,7 +180,7 @@ def segmentation_images(
         images = torch.stack([_image(row['image'], size, f'the image in {name}') for name, row in batch])
         yield images/255, torch.stack([_mask(row['mask'], size, f'the mask in {name}') for name, row in batch])
 
-# %% ../nbs/14_probes.ipynb #db8f9026
+# %% ../nbs/14_probes.ipynb #6269a1ca
 def cached_grids(
     spatial:Callable[[Tensor], Tensor],         # from images in [0, 1] to a grid (B, h, w, D)
     batches:Iterable[tuple[Tensor, Tensor]],    # images (B, 3, H, W) and masks (B, H, W), from `segmentation_images`
@@ -189,7 +195,7 @@ def cached_grids(
     if not grids: raise BadInput('there are no labelled images to probe with')
     return torch.cat(grids), torch.cat(masks)
 
-# %% ../nbs/14_probes.ipynb #f445b84a
+# %% ../nbs/14_probes.ipynb #08636d10
 def segment(
     head:nn.Module,       # of a `SegmentationProbe`
     grids:Tensor,         # (B, h, w, D)
@@ -213,7 +219,7 @@ def _fit_head(head, grids, masks, ignore, epochs, batch_size, lr, seed):
             optimizer.step()
             schedule.step()
 
-# %% ../nbs/14_probes.ipynb #b25d0cf1
+# %% ../nbs/14_probes.ipynb #d3b05c70
 class SegmentationProbe(NamedTuple):
     "What a segmentation probe found."
     miou: float        # see `mean_iou`
