@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'TEACHERS', 'Teacher', 'as_grid', 'timm_features', 'read_weights', 'fill', 'Spec', 'parse_spec', 'Listed',
-           'timm_model', 'load_teacher']
+           'timm_model', 'open_clip_model', 'load_teacher']
 
 # %% ../nbs/07_teachers.ipynb #d790ae9f
 import sys
@@ -249,16 +249,23 @@ def _file_normalization(path):
     return numbers(stated['mean']), numbers(stated['std'])
 
 # %% ../nbs/07_teachers.ipynb #77148445
-def _from_open_clip(spec, name):
+def open_clip_model(
+    spec:Spec,  # with source 'open_clip'
+    **kwargs,   # passed on to open_clip
+)->nn.Module:
+    "An open_clip network with both its towers, its weights from the hub, from a file or random."
     arch, _, tag = spec.name.partition('/')
+    name = f'open_clip:{spec.name}'
     if arch not in open_clip.list_models(): raise unknown('open_clip model', arch, open_clip.list_models())
-    sized = {'force_image_size': spec.size} if spec.size else {}
     if not spec.weights and not tag:
         tags = open_clip.list_pretrained_tags_by_model(arch)
         raise BadInput(f'{name}: name the weights, {name}/TAG; tags: {", ".join(tags)}')
-    if spec.weights: model = open_clip.create_model(arch, **sized)
-    else: model = _from_hub(name, lambda: open_clip.create_model(arch, pretrained=tag, **sized))
-    if spec.weights not in ('', 'random'): fill(model, read_weights(spec.weights), spec.weights)
+    if not spec.weights: return _from_hub(name, lambda: open_clip.create_model(arch, pretrained=tag, **kwargs))
+    model = open_clip.create_model(arch, **kwargs)
+    return model if spec.weights == 'random' else fill(model, read_weights(spec.weights), spec.weights)
+
+def _from_open_clip(spec, name):
+    model = open_clip_model(spec, **({'force_image_size': spec.size} if spec.size else {}))
     tower = model.visual
     size = tower.image_size[0] if isinstance(tower.image_size, (tuple, list)) else tower.image_size
     cfg = open_clip.get_model_preprocess_cfg(model)
