@@ -10,7 +10,7 @@ __all__ = ['DEMO', 'header', 'explanation', 'readable', 'judge', 'students', 'ju
            'show_evaluation', 'comparison_table', 'write_comparison', 'compare_command', 'teacher_row',
            'teachers_command', 'main']
 
-# %% ../nbs/17_cli.ipynb #f61b7fda
+# %% ../nbs/17_cli.ipynb #7a86af2c
 import json
 import os
 import sys
@@ -64,12 +64,12 @@ from .teachers import TEACHERS, Teacher, load_teacher, parse_spec
 from .train import Prepared, distill, new_student, prepare, shrink
 from .zoo import zoo_model
 
-# %% ../nbs/17_cli.ipynb #f9d97d0c
+# %% ../nbs/17_cli.ipynb #75d0e3c4
 DEMO = Recipe(images='zoo:photos', out='runs/demo', stem='zoo:efficientnet-lite0', depth=6,
               teachers=('zoo:efficientnet-lite0#160', 'zoo:efficientnet-lite2#160', 'zoo:u2netp#128'),
               size=160, head_width=512, steps=240, batch_size=8, statistics_steps=16, hold_out=8)
 
-# %% ../nbs/17_cli.ipynb #82bfca0d
+# %% ../nbs/17_cli.ipynb #3e61eaaa
 def readable(
     images:Dataset,
     skipped:dict[str, str], # gets the others, with the reason
@@ -85,7 +85,7 @@ def readable(
         raise BadInput(f'none of {len(images)} images can be read; the first: {path} {reason}')
     return images.select(good)
 
-# %% ../nbs/17_cli.ipynb #39c682e1
+# %% ../nbs/17_cli.ipynb #12372467
 def judge(
     students:dict,       # by name, from images in [0, 1] to features by teacher
     ready:Prepared,
@@ -105,7 +105,7 @@ def judge(
     def at_its_size(student): return lambda images: student(shrink(images, size))
     return teacher_match({who: at_its_size(student) for who, student in students.items()}, ready.teachers, batches())
 
-# %% ../nbs/17_cli.ipynb #3e082e6e
+# %% ../nbs/17_cli.ipynb #4d58652e
 def students(recipe:Recipe, ready:Prepared, out:Path)->dict:
     "The trained student and the two that it is compared with."
     trained = Student.from_pretrained(out).to(ready.device)
@@ -114,7 +114,7 @@ def students(recipe:Recipe, ready:Prepared, out:Path)->dict:
     return {'student': trained, 'untrained': fold_heads(untrained, normalizers),
             'constant': Constant(statistics_file(out), list(ready.teachers))}
 
-# %% ../nbs/17_cli.ipynb #44d5386d
+# %% ../nbs/17_cli.ipynb #c338b7cb
 def judge_run(
     recipe:Recipe,
     ready:Prepared,        # what the recipe names
@@ -132,7 +132,7 @@ def judge_run(
     (out/'match.json').write_text(json.dumps(match, indent=2))
     return match
 
-# %% ../nbs/17_cli.ipynb #dcd4a2a7
+# %% ../nbs/17_cli.ipynb #1bf1dd7d
 header = ['teacher', 'judged on', 'explained', 'untrained', 'constant', 'grid cos', 'summary cos']
 
 def table_rows(
@@ -146,7 +146,7 @@ def table_rows(
             rows.append([name, what, student['explained'], *others, student['cosine'], student['summary_cosine']])
     return rows
 
-# %% ../nbs/17_cli.ipynb #67b0b6a4
+# %% ../nbs/17_cli.ipynb #1df189a9
 def text_table(
     header:list[str],
     rows:list[list],
@@ -159,7 +159,7 @@ def text_table(
     lines = ['  '.join(c.ljust(w) if l else c.rjust(w) for c, w, l in zip(row, widths, left)) for row in cells]
     return '\n'.join([lines[0], '-'*len(lines[0]), *lines[1:]])
 
-# %% ../nbs/17_cli.ipynb #628910a0
+# %% ../nbs/17_cli.ipynb #6c260551
 def feature_maps(student, ready:Prepared, images:Dataset, n:int=6):
     "A sheet: one column for each image; its picture, then for every teacher a row of the teacher's map and one of the student's."
     crops = Crops(images, ready.crop_size(), crop=centre_crop, shuffle=False)
@@ -172,7 +172,7 @@ def feature_maps(student, ready:Prepared, images:Dataset, n:int=6):
         rows += [[tile(colours(grid)) for grid in spatial], [tile(colours(grid)) for grid in answers[name].spatial]]
     return sheet(rows)
 
-# %% ../nbs/17_cli.ipynb #50a244a1
+# %% ../nbs/17_cli.ipynb #ceab2813
 def in_words(
     match:dict,   # from `judge_run`
     n_train:str,  # how many images there were to learn from
@@ -189,7 +189,7 @@ def in_words(
         text += 'The gap between the two says that it has learned these images more than their world: it needs more of them.'
     return text
 
-# %% ../nbs/17_cli.ipynb #942f25a0
+# %% ../nbs/17_cli.ipynb #21abe5d2
 def information_blocks(curves:dict, lines:list[dict])->list[str]:
     "Sections of the report on rate–distortion modules and the bottleneck; `curves` is a run's `information.json`."
     points = [(name, curve['width'], p) for name, curve in curves.items() for p in curve['points']]
@@ -205,7 +205,7 @@ def information_blocks(curves:dict, lines:list[dict])->list[str]:
     if 'bits' in lines[0]: blocks += ["<h2>Bits of the student's vectors</h2>", html_figure(plain_curve(lines, 'bits', 'bits of a vector'))]
     return blocks
 
-# %% ../nbs/17_cli.ipynb #06578f7e
+# %% ../nbs/17_cli.ipynb #b24759ce
 def score_blocks(scores:list[Score])->list[str]:
     "The table of scores, and what its marks mean."
     note = '<p>3 of 10 behind a value says that the work was stopped, and the value is that of 3 images.</p>'
@@ -225,7 +225,7 @@ def refresh_report(out:Path):
     after = rest.partition('</section>')[2] if mark else '</html>'
     write_whole(report, before.removesuffix('</html>') + evaluation_block(out) + after)
 
-# %% ../nbs/17_cli.ipynb #774edb3a
+# %% ../nbs/17_cli.ipynb #512ab18c
 def watch_blocks(lines:list[dict])->list[str]:
     "Sections of the report on where the time went and how hard each teacher pulled (chapter 09h)."
     spent = {phase: sum(line['seconds'].get(phase, 0) for line in lines) for phase in lines[-1]['seconds']}
@@ -267,7 +267,7 @@ def write_report(recipe:Recipe, ready:Prepared, out:Path, match:dict)->Path:
     (out/'report.html').write_text(page(f'Distillation of {len(ready.teachers)} teachers', blocks), encoding='utf-8')
     return out/'report.html'
 
-# %% ../nbs/17_cli.ipynb #45550d67
+# %% ../nbs/17_cli.ipynb #f73ee651
 def as_flags(values:dict)->list[str]:
     "The fields of a recipe as flags."
     flags = []
@@ -289,7 +289,7 @@ def expand(
         if flag.startswith('--recipe='): before = as_flags(read_recipe(Path(flag[9:])))
     return ['distill', *before, *args[1:]]
 
-# %% ../nbs/17_cli.ipynb #154c1e06
+# %% ../nbs/17_cli.ipynb #47574e2e
 def distill_command(
     recipe:tyro.conf.OmitArgPrefixes[Recipe],
     preset:tyro.conf.Positional[Literal['demo', '']]='',  # demo: packaged teachers and photographs, offline, in minutes
@@ -311,7 +311,7 @@ def distill_command(
     say_result(recipe, out, match)
     print(f'\nThis took {time.time() - begun:.0f} s. The report is {report}, the student {out/"student.safetensors"}.')
 
-# %% ../nbs/17_cli.ipynb #8082a337
+# %% ../nbs/17_cli.ipynb #752ec954
 def show_finished(recipe:Recipe, out:Path):
     "Say that a run is finished and show its table; make what is missing after a kill at the very end."
     differs = difference(recipe, Recipe(**read_recipe(out/'recipe.toml')))
@@ -331,7 +331,7 @@ def say_result(recipe:Recipe, out:Path, match:dict):
     print(f'\n{len(skipped)} images were skipped; {next(iter(skipped))}: {next(iter(skipped.values()))}')
     if len(skipped) > 1: print(f'All of them are in {out/"skipped.json"} and in the report.')
 
-# %% ../nbs/17_cli.ipynb #7a7721af
+# %% ../nbs/17_cli.ipynb #9bfdaf39
 def height_and_width(
     text:str, # '224' or '160x288'
 )->tuple[int, int]:
@@ -341,7 +341,7 @@ def height_and_width(
         raise BadInput(f'size {text!r} is neither a side such as 224 nor height and width such as 160x288')
     return int(words[0]), int(words[-1])
 
-# %% ../nbs/17_cli.ipynb #b1d7967c
+# %% ../nbs/17_cli.ipynb #1ecf44c5
 def other_models(
     run:Run,
     specs:tuple[str, ...], # of any models, see `load_teacher`
@@ -371,7 +371,7 @@ def match_at(run:Run, teachers:dict[str, Teacher], others:dict[str, Teacher], se
     judged = Readable(images, sides(run.size), stopped, 'alignment')
     return match, scores + alignment_suite(others, teachers, judged, run.device, sets.on('images'))
 
-# %% ../nbs/17_cli.ipynb #b0341ffd
+# %% ../nbs/17_cli.ipynb #b28c6c16
 def run_suites(
     suites:tuple[str, ...],
     sets:Sets,
@@ -382,7 +382,8 @@ def run_suites(
 ):
     "The scores of every suite but the match, subject by subject."
     labelled = tuple(suite for suite in suites if suite in ('knn', 'linear'))
-    directions = text_directions({spec for subject in subjects for spec in subject.texts}, sets.test, folder) if 'zero-shot' in suites else {}
+    texts = {spec for subject in subjects for spec in subject.texts} if 'zero-shot' in suites else set()
+    directions = text_directions(texts, sets.test, folder)
     judges = [lambda subject: labelled_suite(subject, sets, labelled, stopped, workers)] if labelled else []
     if 'segmentation' in suites: judges.append(lambda subject: segmentation_suite(subject, sets, stopped))
     if 'zero-shot' in suites: judges.append(lambda subject: zero_shot_suite(subject, sets, directions, stopped, workers))
@@ -395,10 +396,10 @@ def say_scores(scores:list[Score]):
     header, rows = score_table(scores)
     print(text_table(header, rows, right=tuple(header[1:-1])))
 
-# %% ../nbs/17_cli.ipynb #a0689789
+# %% ../nbs/17_cli.ipynb #9fc6cf81
 def evaluate_command(
     run:tyro.conf.Positional[str],                            # folder of a finished run
-    sets:tyro.conf.OmitArgPrefixes[Sets]=Sets(),
+    sets:tyro.conf.OmitArgPrefixes[Sets],
     suite:tuple[Literal[tuple(SUITES)], ...]=('match',),      # what to judge by
     sizes:tuple[str, ...]=(),  # for match: of the student's images, such as 160 224 160x288; that of its last stage without
     also:tuple[str, ...]=(),   # specs of other models to stand in the table, such as timm:NAME, with weights as for teachers
@@ -407,6 +408,7 @@ def evaluate_command(
     "Judge the student of a run on images of your own, alone or beside its teachers and other models."
     check_sets(suite, sets)
     judged, wanted, skipped, scores, match = open_run(run), [height_and_width(size) for size in sizes], {}, [], {}
+    load_scores(judged.out)   # if they are damaged, now is the time to say so
     teachers = teacher_names(judged.recipe.teachers)
     student = student_subject(judged.student, judged.size, teachers)
     if 'zero-shot' in suite and not student.texts:
@@ -417,13 +419,13 @@ def evaluate_command(
         def stopped(): return bool(stop)
         def keep(new): scores.extend(new), keep_scores(judged.out, new)
         if 'match' in suite:
-            own = {name: models[name] if name in models else load_teacher(spec, name=name).to(judged.device) for name, spec in teachers.items()}
+            own = {name: models.get(name) or load_teacher(spec, name=name).to(judged.device) for name, spec in teachers.items()}
             match, new = match_at(judged, own, models, sets, wanted, stopped, skipped)
             keep(new)
         subjects = [student, *(teacher_subject(model, spec, name) for name, (spec, model) in others.items())]
         for new in run_suites(suite, sets, subjects, judged.out.parent/'texts', judged.recipe.workers, stopped): keep(new)
     show_evaluation(judged.out, match if suite == ('match',) and not others else {}, scores, skipped)
-    if stop: raise Stopped(f'stopped; what was found until then is in {judged.out/"evaluation.json"}, marked where it is of a part of the images')
+    if stop: raise Stopped(f'stopped; what was found until then is in {judged.out/"evaluation.json"}, partial scores marked')
 
 def show_evaluation(out:Path, match:dict, scores:list[Score], skipped:dict[str, str]):
     "Print what was found, as the match table where there is one, and bring the report up to date."
@@ -431,9 +433,10 @@ def show_evaluation(out:Path, match:dict, scores:list[Score], skipped:dict[str, 
     elif scores: say_scores(scores)
     for path, reason in skipped.items(): print(f'skipped {path}: {reason}')
     refresh_report(out)
-    if scores: print(f'\nAll measures are in {out/"evaluation.json"}' + (f' and {out/"report.html"}.' if (out/'report.html').exists() else '.'))
+    files = [str(out/name) for name in ('evaluation.json', 'report.html') if (out/name).exists()]
+    if files: print(f'\nAll measures are in {" and ".join(files)}.')
 
-# %% ../nbs/17_cli.ipynb #eab90b07
+# %% ../nbs/17_cli.ipynb #704909ab
 def comparison_table(compared:Comparison)->tuple[list[str], list[list[str]]]:
     "Header and rows; the average ranks come last."
     methods = list(dict.fromkeys(who for cells in compared.table.values() for who in cells))
@@ -466,7 +469,7 @@ def compare_command(
     for what in compared.partial: print(f'left out: {what}, which is of a part of the images')
     if out: write_comparison(compared, out)
 
-# %% ../nbs/17_cli.ipynb #c33121e3
+# %% ../nbs/17_cli.ipynb #3b052e9a
 def teacher_row(spec:str)->list[str]:
     "A line of the list of teachers."
     parsed, listed = parse_spec(spec), TEACHERS[spec]
@@ -489,13 +492,13 @@ def _installed(zoo):
     try: return zoo.file().exists()
     except BadInput: return False
 
-# %% ../nbs/17_cli.ipynb #bc8a9a72
+# %% ../nbs/17_cli.ipynb #dcb113d1
 def teachers_command():
     "List teachers: width, image size, aim, licence, and whether the weights are on this machine."
     print(text_table(['teacher', 'width', 'size', 'aim', 'licence', 'here'], [teacher_row(spec) for spec in TEACHERS]))
     print("\nAny other timm:NAME or open_clip:NAME/TAG works too; NAME@FILE takes weights from a file, NAME@random none.")
 
-# %% ../nbs/17_cli.ipynb #24a75149
+# %% ../nbs/17_cli.ipynb #eef1e8bd
 def main(args:list[str]|None=None):
     "The command `radio-nb`."
     args = sys.argv[1:] if args is None else args

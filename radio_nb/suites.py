@@ -10,7 +10,7 @@ __all__ = ['SUITES', 'BATCH', 'WORDS', 'LOWER', 'own_features', 'Subject', 'teac
            'score_table', 'ranks', 'average_ranks', 'by_seed', 'group_name', 'Spread', 'over_seeds', 'Comparison',
            'compare_runs', 'open_recipe', 'ranks_by_suite']
 
-# %% ../nbs/14a_suites.ipynb #9aa9e7df
+# %% ../nbs/14a_suites.ipynb #da4c64f0
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -26,21 +26,20 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 
 from .backbones import Pyramid
-from .data import Unreadable, centre_crop, decode, open_images
+from .data import Unreadable, centre_crop, decode
 from .features import BadInput, Features, resample
 from .knn import in_order, knn_accuracy, labelled_images
-from .match import Constant, Match, teacher_match
+from .match import Match, teacher_match
 from .normalizers import Normalizer
 from .probes import cached_grids, linear_probe, open_labelled, segmentation_images, segmentation_probe
 from .recipe import Recipe, difference, read_recipe
 from .runs import Progress, finished, write_whole
-from .statistics import load_normalizers, statistics_file
 from .student import Student
-from .teachers import Teacher, load_teacher, parse_spec
+from .teachers import Teacher, parse_spec
 from .train import best_device, check_recipe, shrink
 from .zero_shot import cached_embeddings, zero_shot_accuracy
 
-# %% ../nbs/14a_suites.ipynb #a148d572
+# %% ../nbs/14a_suites.ipynb #e53f7b93
 def own_features(
     student:Student,
 )->Callable[[Tensor], Features]: # from images in [0, 1]
@@ -48,10 +47,11 @@ def own_features(
     def features(images):
         tokens, spatial = student.backbone(images)
         if not tokens.shape[1]: return Features(spatial.mean((1, 2)), spatial)
-        return Features(tokens[:, 0] if isinstance(student.backbone, Pyramid) else tokens.flatten(1), spatial)
+        row = tokens[:, 0] if isinstance(student.backbone, Pyramid) else tokens.flatten(1)
+        return Features(row.clone(), spatial)   # a view of one token would keep all tokens in memory
     return features
 
-# %% ../nbs/14a_suites.ipynb #bc929eac
+# %% ../nbs/14a_suites.ipynb #35bc8810
 class Subject(NamedTuple):
     "Something to judge: how it sees, and at which size."
     name: str
@@ -68,16 +68,16 @@ def teacher_subject(teacher:Teacher, spec:str, name:str='')->Subject:
 def student_subject(
     student:Student,
     size:tuple[int, int],       # of its images, height and width
-    teachers:dict[str, str]={}, # specs by the names of its teachers
+    teachers:dict[str, str]|None=None, # specs by the names of its teachers
     name:str='student',
 )->Subject:
     "A student by what it itself sees, and for texts by its heads for CLIP models."
     def head(teacher): return lambda images: student(images)[teacher].summary
-    texts = {spec: head(teacher) for teacher, spec in teachers.items()
+    texts = {spec: head(teacher) for teacher, spec in (teachers or {}).items()
              if teacher in student.summaries and parse_spec(spec).source == 'open_clip'}
     return Subject(name, own_features(student), size, student.backbone.mean.device, texts)
 
-# %% ../nbs/14a_suites.ipynb #8398221c
+# %% ../nbs/14a_suites.ipynb #b739bcad
 class Run(NamedTuple):
     "A finished run, opened to be judged."
     out: Path
@@ -96,7 +96,7 @@ def open_run(
     device, last = best_device(recipe.device), max(check_recipe(recipe)[-1].parts, key=lambda part: part.share)
     return Run(out, recipe, Student.from_pretrained(out).to(device), last.size, device)
 
-# %% ../nbs/14a_suites.ipynb #79b23ef4
+# %% ../nbs/14a_suites.ipynb #5fa8a603
 def drawn(
     images:Dataset,
     labels:Tensor|None=None, # (n,)
@@ -107,14 +107,14 @@ def drawn(
     order = np.random.default_rng(0).permutation(len(images))[:limit or None]
     return images.select(order), None if labels is None else labels[torch.from_numpy(order)]
 
-# %% ../nbs/14a_suites.ipynb #e10113c1
+# %% ../nbs/14a_suites.ipynb #065be768
 def interleaved(
     *counts:int, # how many batches each set has
 )->list[int]:    # of which set the next batch is taken
     "An order in which every set is about equally far along at any time."
     return [which for _, which in sorted(((i + 1)/n, which) for which, n in enumerate(counts) for i in range(n))]
 
-# %% ../nbs/14a_suites.ipynb #6ec4cd36
+# %% ../nbs/14a_suites.ipynb #5e3b5ab6
 def extract(
     see:Callable[[Tensor], Tensor],                     # from images in [0, 1] to what is kept of them, on the CPU
     streams:list[Iterator[tuple[Tensor, Tensor]]],      # of every set images (B, 3, H, W) and what is true of them (B, …)
@@ -133,13 +133,13 @@ def extract(
     if not all(said): return None
     return [tuple(torch.cat(parts) for parts in zip(*pairs)) for pairs in said]
 
-# %% ../nbs/14a_suites.ipynb #733ec619
+# %% ../nbs/14a_suites.ipynb #5c176728
 class Score(NamedTuple):
     "One measure of one subject."
     subject: str
     measure: str
     value: float
-    n: int          # images that were judged
+    n: int          # images that were judged, of all sets together
     of: int         # images there were to judge; more than `n` where the work was stopped
     suite: str = ''
     on: str = ''    # sets of images, and all options that change the value
@@ -161,7 +161,7 @@ class Sets:
         "How a score names its sets."
         return ' → '.join(getattr(self, name) for name in names) + (f', {self.limit} each' if self.limit else '') + more
 
-# %% ../nbs/14a_suites.ipynb #08ffe200
+# %% ../nbs/14a_suites.ipynb #2313df69
 SUITES = {'match': ('images',), 'knn': ('train', 'test'), 'linear': ('train', 'test'), 'segmentation': ('masks', 'test_masks'),
           'zero-shot': ('test',)}
 
@@ -175,7 +175,7 @@ def check_sets(suites:Iterable[str], sets:Sets):
             if not getattr(sets, name): raise BadInput(f'suite {suite}: say {words[name]}')
     if sets.limit < 0: raise BadInput(f'--limit is {sets.limit}, but must be 0 for all images, or more')
 
-# %% ../nbs/14a_suites.ipynb #12039ec0
+# %% ../nbs/14a_suites.ipynb #f607e14c
 BATCH = 32  # images at a time
 
 def labelled_stream(images:Dataset, labels:Tensor, size:tuple[int, int], workers:int=0)->tuple[Iterator, int]:
@@ -193,6 +193,8 @@ def labelled_suite(
     train, train_y, names = labelled_images(sets.train)
     test, test_y, _ = labelled_images(sets.test, names)
     pairs = [drawn(train, train_y, sets.limit), drawn(test, test_y, sets.limit)]
+    if 'knn' in suites and not 1 <= sets.k <= len(pairs[0][0]):   # known now, and not after an hour
+        raise BadInput(f'--k is {sets.k}, but must be from 1 to {len(pairs[0][0])}, the number of images to learn from')
     streams, counts = zip(*(labelled_stream(*pair, subject.size, workers) for pair in pairs))
     def see(images): return subject.features(images.to(subject.device)).summary.float().cpu()
     found = extract(see, streams, counts, stopped, f'summaries of {subject.name}')
@@ -211,10 +213,11 @@ def _unless_partial(judge, partial):
     except BadInput:
         if not partial: raise
 
-# %% ../nbs/14a_suites.ipynb #11599f28
+# %% ../nbs/14a_suites.ipynb #07644ae0
 def _masks_stream(source, limit):
     "Batches of images and masks, how many batches and how many images there are."
-    n = min(limit or len(rows), len(rows)) if (rows := open_labelled(source)) else 0
+    there = len(open_labelled(source))
+    n = min(limit or there, there)
     def batches():
         for i, (images, masks) in enumerate(segmentation_images(source)):
             left = n - i*16
@@ -230,12 +233,13 @@ def segmentation_suite(subject:Subject, sets:Sets, stopped:Callable[[], bool]=la
     found = extract(see, streams, counts, stopped, f'grids of {subject.name}')
     if found is None: return []
     train, test = found
-    classes = int(max(masks[masks != 255].max() for _, masks in found)) + 1
-    value = segmentation_probe(train, test, classes, device=subject.device).miou
-    on = sets.on('masks', 'test_masks')
-    return [Score(subject.name, 'segmentation mIoU', value, len(train[0]) + len(test[0]), sum(sizes), 'segmentation', on)]
+    classes = torch.cat([masks[masks != 255] for _, masks in found]).unique()
+    if not len(classes): raise BadInput(f'{sets.masks} and {sets.test_masks}: all pixels are 255, which marks those that do not count')
+    value = segmentation_probe(train, test, int(classes.max()) + 1, device=subject.device).miou
+    n, on = len(train[0]) + len(test[0]), sets.on('masks', 'test_masks')
+    return [Score(subject.name, 'segmentation mIoU', value, n, sum(sizes), 'segmentation', on)]
 
-# %% ../nbs/14a_suites.ipynb #a05cb052
+# %% ../nbs/14a_suites.ipynb #87abc191
 def class_names(source:str)->list[str]:
     "The names of a source's classes as a sentence can use them. Raises `BadInput` for classes that have only numbers."
     names = labelled_images(source)[2]
@@ -267,7 +271,7 @@ def zero_shot_suite(
             scores.append(Score(subject.name, measure, value, len(found[0][0]), len(images), 'zero-shot', sets.on('test')))
     return scores
 
-# %% ../nbs/14a_suites.ipynb #7d47d2ee
+# %% ../nbs/14a_suites.ipynb #891b80cf
 class Readable:
     "The middles of those images that can be read, in batches, each image decoded once."
     def __init__(self, images:Dataset, size:tuple[int, int], stopped:Callable[[], bool]=lambda: False, what:str='judge'):
@@ -303,7 +307,7 @@ class Readable:
             name, why = next(iter(self.skipped.items()))
             raise BadInput(f'none of {len(self.images)} images can be read; the first: {name} {why}')
 
-# %% ../nbs/14a_suites.ipynb #8b50f470
+# %% ../nbs/14a_suites.ipynb #39231b65
 class Alignment(Match):
     "What of a match needs no common space: CKA of two grids of any widths, and their RankMe."
     def __init__(self): super().__init__(thorough=True)
@@ -320,7 +324,7 @@ class Alignment(Match):
         "`cka`, and `rankme` of both."
         return self._thorough()
 
-# %% ../nbs/14a_suites.ipynb #8e7dc265
+# %% ../nbs/14a_suites.ipynb #9f3f3f55
 WORDS = {'explained': 'explained', 'mse': 'mse', 'cosine': 'cosine', 'summary_cosine': 'summary cosine', 'cka': 'cka', 'rankme': 'rankme',
          'error_range': 'error range', 'error_range_normalized': 'error range, normalized'}
 LOWER = ('mse', 'error range')  # measures of which less is better
@@ -367,7 +371,7 @@ def alignment_suite(
     if not judged.n: return []
     return [Score(who, f'cka, {name}', pair.result()['cka'], judged.n, judged.of, 'match', on) for (who, name), pair in pairs.items()]
 
-# %% ../nbs/14a_suites.ipynb #a03cbc7b
+# %% ../nbs/14a_suites.ipynb #59d232d5
 def merged(old:list[Score], new:list[Score])->list[Score]:
     "Scores with others added, which replace those of the same subject, measure and images."
     def key(score): return score.subject, score.measure, score.on
@@ -390,7 +394,7 @@ def keep_scores(out:Path, scores:list[Score])->list[Score]:
     write_whole(Path(out)/'evaluation.json', f'{{"scores": [\n{lines}\n]}}\n')
     return everything
 
-# %% ../nbs/14a_suites.ipynb #062d3afa
+# %% ../nbs/14a_suites.ipynb #41b75fb2
 def score_table(
     scores:list[Score],
 )->tuple[list[str], list[list[str]]]: # header and rows, for `html_table` or the terminal
@@ -401,7 +405,7 @@ def score_table(
     rows = [[measure, *(cells.get(subject, '–') for subject in subjects), on] for (measure, on), cells in by_row.items()]
     return ['measure', *subjects, 'on'], rows
 
-# %% ../nbs/14a_suites.ipynb #5d3e963f
+# %% ../nbs/14a_suites.ipynb #c9429781
 def ranks(
     values:dict[str, float], # by method
     lower:bool=False,        # whether less is better
@@ -419,7 +423,7 @@ def average_ranks(
     ranked = [ranks(values, measure.startswith(LOWER)) for measure, values in table.items() if len(values) == len(methods)]
     return {who: mean(by_method[who] for by_method in ranked) for who in methods} if ranked else {}
 
-# %% ../nbs/14a_suites.ipynb #41069ded
+# %% ../nbs/14a_suites.ipynb #7bda9796
 def by_seed(
     recipes:dict[str, Recipe], # by run
 )->list[list[str]]:            # runs that differ in nothing but the seed, together
@@ -451,7 +455,7 @@ def over_seeds(values:list[float])->Spread:
     "Mean and standard deviation, with n - 1."
     return Spread(mean(values), stdev(values) if len(values) > 1 else None, len(values))
 
-# %% ../nbs/14a_suites.ipynb #ecd911b5
+# %% ../nbs/14a_suites.ipynb #03110134
 class Comparison(NamedTuple):
     "Several runs side by side."
     table: dict[str, dict[str, Spread]]  # by measure, on what, and method
