@@ -1,18 +1,34 @@
 "What a chapter cannot show of the probes: invariances over random inputs, memory, and everything that is refused."
+import radio_nb  # noqa: F401  before torchmetrics, so that torchvision can be imported
+
+# isort: split
 import io
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image as ImageColumn, Value
-from hypothesis import given, settings, strategies as st
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageColumn
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
-from radio_nb.features import BadInput
-from radio_nb.probes import (STRENGTHS, cached_grids, confusion, fit_classifier, iou_by_class, linear_probe, mean_iou, segment,
-                             segmentation_images, segmentation_probe)
 from sklearn.linear_model import LogisticRegression
 from torch.testing import assert_close
 from torchmetrics.classification import MulticlassJaccardIndex
+
+from radio_nb.features import BadInput
+from radio_nb.probes import (
+    STRENGTHS,
+    cached_grids,
+    confusion,
+    fit_classifier,
+    iou_by_class,
+    linear_probe,
+    mean_iou,
+    segment,
+    segmentation_images,
+    segmentation_probe,
+)
 
 
 def clouds(n=120, width=6, classes=3, seed=0):
@@ -188,7 +204,8 @@ def test_masks_keep_their_numbers_and_images_their_place(tmp_path):
     "Sides are rounded to multiples of 32; every second pixel of a mask is one of its numbers; palettes are numbers."
     left = np.zeros((48, 80), np.uint8)
     left[:, :40] = 255
-    file = parquet(tmp_path/'a.parquet', [{'image': png(left, 'RGB'), 'mask': png((left > 0)*np.uint8(4), mode)} for mode in ('L', 'P', 'L')])
+    image, mask = png(left, 'RGB'), (left > 0)*np.uint8(4)
+    file = parquet(tmp_path/'a.parquet', [{'image': image, 'mask': png(mask, mode)} for mode in ('L', 'P', 'L')])
     batches = list(segmentation_images(file, batch_size=2))
     assert [len(images) for images, _ in batches] == [2, 1]
     images, masks = batches[0]
@@ -221,4 +238,5 @@ def test_sources_that_are_none_are_refused(tmp_path):
     (tmp_path/'broken.parquet').write_bytes(b'PAR1 not')
     with pytest.raises(BadInput, match='could not be loaded'): next(segmentation_images(tmp_path/'broken.parquet'))
     file = parquet(tmp_path/'a.parquet', [{'image': png(ramp, 'RGB'), 'mask': png(ramp)}])
-    with pytest.raises(BadInput, match='both sides of the images must be multiples of 32, not 40 × 64'): next(segmentation_images(file, (40, 64)))
+    with pytest.raises(BadInput, match='both sides of the images must be multiples of 32, not 40 × 64'):
+        next(segmentation_images(file, (40, 64)))

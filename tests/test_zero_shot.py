@@ -1,16 +1,17 @@
 "What a chapter cannot show of zero-shot classification: invariances over random inputs, the cache, and what is refused."
 import os
 
-import radio_nb.zero_shot as zero_shot  # before open_clip, so that torchvision can be imported
-import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings, strategies as st
-from radio_nb.features import BadInput
-from radio_nb.zero_shot import TEMPLATES, TextTower, cached_embeddings, class_embeddings, zero_shot_accuracy
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
+
+import radio_nb.zero_shot as zero_shot
+from radio_nb.features import BadInput
+from radio_nb.zero_shot import TEMPLATES, TextTower, cached_embeddings, class_embeddings, zero_shot_accuracy
 
 ARCH = 'ViT-S-32-alt'
 
@@ -20,7 +21,7 @@ def clip_file(tmp_path_factory):
     "A file with a whole CLIP of random weights."
     path = tmp_path_factory.mktemp('clip')/'clip.safetensors'
     torch.manual_seed(0)
-    save_file({name: tensor.clone() for name, tensor in open_clip.create_model(ARCH).state_dict().items()}, path)
+    save_file({name: tensor.clone() for name, tensor in zero_shot.open_clip.create_model(ARCH).state_dict().items()}, path)
     return path
 
 
