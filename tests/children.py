@@ -6,6 +6,7 @@ import socket
 import time
 from pathlib import Path
 
+import datasets.config
 import numpy as np
 import radio_nb  # noqa: F401  before timm, so that torchvision can be imported
 import timm
@@ -28,6 +29,7 @@ server.set_forkserver_preload(['radio_nb.cli', 'PIL.AvifImagePlugin', 'torch._dy
 def _begin(work, args, env, log):
     os.environ.update(env)
     torch.set_num_threads(1)
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0   # after every epoch of a shuffled stream it sleeps for five seconds
     with log.open('a', buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file): work(*args)
 
 
