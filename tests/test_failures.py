@@ -21,7 +21,8 @@ from radio_nb.train import distill
 
 def recipe_at(home, **fields):
     return Recipe(**{'images': str(home/'images'), 'teachers': ('zoo:u2netp#64',), 'out': str(home/'run'), 'depth': 1, 'size': 64,
-                     'head_width': 32, 'batch_size': 4, 'statistics_steps': 2, 'device': 'cpu', 'checkpoint_every': 1, 'watch_every': 0} | fields)
+                     'head_width': 32, 'batch_size': 4, 'statistics_steps': 2, 'device': 'cpu', 'checkpoint_every': 1,
+                     'watch_every': 0} | fields)
 
 
 def wait_for_lines(child, out, n):
@@ -74,7 +75,8 @@ def test_a_run_whose_worker_died_goes_on(tmp_path):
     recipe = recipe_at(tmp_path, steps=60, workers=1)
     out = Path(recipe.out)
     def workers():
-        return [child for child in psutil.Process(child_run.processes[0].pid).children() if 'resource_tracker' not in ' '.join(child.cmdline())]
+        found = psutil.Process(child_run.processes[0].pid).children()
+        return [child for child in found if 'resource_tracker' not in ' '.join(child.cmdline())]
     child_run = Children(1, tmp_path/'said', _named, recipe)
     wait_for_lines(child_run, out, 2)
     for worker in workers(): worker.kill()
