@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['weights_print', 'images_print', 'cache_key', 'CachedTeacher', 'in_half', 'fill_cache', 'check_room', 'answers']
 
-# %% ../nbs/09f_cache.ipynb #23e3a4ee
+# %% ../nbs/09f_cache.ipynb #ab186e5a
 import hashlib
 import json
 import os
@@ -24,7 +24,7 @@ from .features import BadInput, Features
 from .runs import Progress
 from .teachers import Teacher
 
-# %% ../nbs/09f_cache.ipynb #d25f5417
+# %% ../nbs/09f_cache.ipynb #e44b0435
 def weights_print(
     model:nn.Module,
 )->str:              # 16 hexadecimal digits
@@ -51,9 +51,9 @@ def images_print(
 def cache_key(teacher:Teacher, crops:Crops, images:str)->dict: # images: from `images_print`
     "Everything that a teacher's answers depend on."
     return {'teacher': type(teacher.model).__name__, 'weights': weights_print(teacher), 'size': teacher.size, 'images': images,
-            'crop': list(height_width(crops.size)), 'seed': crops.seed, 'views': crops.views, 'rows': crops.rows}
+            'crop': [crops.crop.__name__, *height_width(crops.size)], 'seed': crops.seed, 'views': crops.views, 'rows': crops.rows}
 
-# %% ../nbs/09f_cache.ipynb #2049f70e
+# %% ../nbs/09f_cache.ipynb #ed5fc753
 class CachedTeacher:
     "A teacher's answers to every crop of a stream, read from disk."
     def __init__(self,
@@ -71,7 +71,7 @@ class CachedTeacher:
         "Channels of the summary and of the grid."
         return self.summary.shape[-1], self.spatial.shape[-1]
 
-# %% ../nbs/09f_cache.ipynb #d5feeca3
+# %% ../nbs/09f_cache.ipynb #ed6f02ef
 def in_half(
     x:Tensor,
     name:str, # of the teacher
@@ -82,7 +82,7 @@ def in_half(
         raise BadInput(f'teacher {name} gives values up to {x.abs().max():.3g}, which half precision cannot hold: leave out --cache')
     return half.cpu().numpy()
 
-# %% ../nbs/09f_cache.ipynb #adb0480a
+# %% ../nbs/09f_cache.ipynb #5e0e8b87
 class _Half:
     "Arrays that are being filled, in a folder that no reader looks at."
     def __init__(self, folder, rows, teacher, key):
@@ -117,7 +117,7 @@ class _Half:
         (self.part/'key.json').write_text(json.dumps(self.key | {'name': self.teacher.name}, indent=2))
         os.replace(self.part, self.folder)
 
-# %% ../nbs/09f_cache.ipynb #3036f8cd
+# %% ../nbs/09f_cache.ipynb #14b9baca
 def fill_cache(
     teachers:dict[str, Teacher],
     crops:Crops,               # with views, at the size that the teachers want
@@ -138,7 +138,7 @@ def fill_cache(
     if missing: _fill(missing, crops, Path(folder), batch_size, device, rank, world, wait, workers)
     return {name: CachedTeacher(folder) for name, folder in folders.items()}
 
-# %% ../nbs/09f_cache.ipynb #da9cf119
+# %% ../nbs/09f_cache.ipynb #c22793db
 def _fill(missing, crops, folder, batch_size, device, rank, world, wait, workers, every=16):
     if rank == 0:
         check_room(folder, sum(half.bytes() for half in missing), [half.teacher.name for half in missing], crops.rows)
@@ -171,7 +171,7 @@ def check_room(
     print(f'cache: {rows} crops for {", ".join(names)} take {size/1e6:,.0f} MB in {folder}')
     if size > free: raise BadInput(f'{folder} has room for {free/1e6:,.0f} MB: take fewer views, or another --cache')
 
-# %% ../nbs/09f_cache.ipynb #92298e46
+# %% ../nbs/09f_cache.ipynb #916368d7
 def answers(
     teachers:dict[str, Callable[[Tensor], Features]], # from images in [0, 1]
     batch:Batch,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHUNK', 'BLOCK', 'unit_rows', 'nearest', 'knn_predict', 'knn_accuracy', 'labelled_images', 'in_order', 'features_of']
 
-# %% ../nbs/12_knn.ipynb #b9d15c72
+# %% ../nbs/12_knn.ipynb #d6ee7ca4
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from .data import UNDECODED, Crops, centre_crop, image_batches, image_files, ope
 from .features import BadInput, Features
 from .runs import Progress
 
-# %% ../nbs/12_knn.ipynb #ad092f46
+# %% ../nbs/12_knn.ipynb #f2083791
 def unit_rows(
     rows:Tensor, # (n, C)
     whose:str,   # what they are, for the message
@@ -29,7 +29,7 @@ def unit_rows(
         raise BadInput(f'NaN or infinity in {(~good).sum().item()} of {len(rows)} {whose}; run that model in bfloat16 or float32')
     return rows/lengths.clamp(min=1e-12)
 
-# %% ../nbs/12_knn.ipynb #fa944de6
+# %% ../nbs/12_knn.ipynb #1040c9fe
 CHUNK, BLOCK = 2**14, 2**10  # how many references, and how many queries, are compared at a time
 
 def nearest(
@@ -50,7 +50,7 @@ def nearest(
             where[block] = index.gather(1, order)
     return best, where
 
-# %% ../nbs/12_knn.ipynb #05c1033f
+# %% ../nbs/12_knn.ipynb #f78cb2a0
 def _check(train_x, train_y, test_x, k, temperature):
     "Raise `BadInput` for what cannot be compared."
     if train_x.ndim != 2 or test_x.ndim != 2 or train_x.shape[1] != test_x.shape[1]:
@@ -63,7 +63,7 @@ def _check_labels(labels, n, whose):
     if labels.shape != (n,) or labels.is_floating_point():
         raise BadInput(f'labels of {n} {whose} must be whole numbers of shape ({n},), not {labels.dtype} of shape {tuple(labels.shape)}')
 
-# %% ../nbs/12_knn.ipynb #aa876a01
+# %% ../nbs/12_knn.ipynb #13139221
 @torch.no_grad()
 def knn_predict(
     train_x:Tensor,        # features of the references, (n, C)
@@ -81,7 +81,7 @@ def knn_predict(
                  for w, i in zip(weights.split(BLOCK), index.split(BLOCK))]
     return torch.cat(predicted)
 
-# %% ../nbs/12_knn.ipynb #1b0a9bea
+# %% ../nbs/12_knn.ipynb #8a08b2a1
 def knn_accuracy(
     train_x:Tensor,        # features of the references, (n, C)
     train_y:Tensor,        # their classes, (n,) int64
@@ -96,7 +96,7 @@ def knn_accuracy(
     predicted = knn_predict(train_x, train_y, test_x, k, temperature)
     return (predicted == test_y.to(predicted.device)).float().mean().item()
 
-# %% ../nbs/12_knn.ipynb #7f476990
+# %% ../nbs/12_knn.ipynb #b1b415e4
 def _parquet_or_hub(source):
     "What `load_dataset` needs to open a source, or None for a folder of images."
     if source.startswith('hf:'):
@@ -124,7 +124,7 @@ def _of_table(rows, source):
         raise BadInput(f'{source}: the column {column} holds {wrong!r}, which is neither a name nor the number of a class')
     return list(map(str, values)), list(map(str, sorted(set(values))))
 
-# %% ../nbs/12_knn.ipynb #ca79b246
+# %% ../nbs/12_knn.ipynb #f4b41fc6
 def _of_folder(folder):
     "The files, the class of each, and the names of all classes, of a folder with a folder for each class."
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.'))
@@ -152,7 +152,7 @@ def labelled_images(
     if unknown: raise BadInput(f'{source} has classes that are not among the names: {unknown}')
     return images, torch.tensor([number[name] for name in classes]), list(number)
 
-# %% ../nbs/12_knn.ipynb #0c5302ed
+# %% ../nbs/12_knn.ipynb #6cda4a25
 def in_order(
     images:Dataset,            # from `labelled_images` or `open_images`
     size:int|tuple[int, int],  # of the crops: of a square, or height and width, in pixels
@@ -166,7 +166,7 @@ def in_order(
         for name, why in batch.skipped.items(): raise BadInput(f'{name} {why}: remove it, for a judgement needs every image')
         yield batch.images[:len(images) - i*batch_size]/255   # behind the last image the stream begins again
 
-# %% ../nbs/12_knn.ipynb #d612986f
+# %% ../nbs/12_knn.ipynb #970ebd92
 @torch.no_grad()
 def features_of(
     model:Callable[[Tensor], Features], # from images in [0, 1]; a teacher, or a student's backbone

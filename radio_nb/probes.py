@@ -6,7 +6,7 @@
 __all__ = ['STRENGTHS', 'fit_classifier', 'LinearProbe', 'linear_probe', 'confusion', 'iou_by_class', 'mean_iou', 'open_labelled',
            'segmentation_images', 'cached_grids', 'segment', 'SegmentationProbe', 'segmentation_probe']
 
-# %% ../nbs/14_probes.ipynb #12b3c8d8
+# %% ../nbs/14_probes.ipynb #0f40b77d
 from collections.abc import Callable, Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -24,7 +24,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from .data import Unreadable, decode, height_width
 from .features import BadInput
 
-# %% ../nbs/14_probes.ipynb #9e68d13d
+# %% ../nbs/14_probes.ipynb #744c4b15
 def fit_classifier(
     x:Tensor,          # standardized summaries, (n, C)
     y:Tensor,          # their classes, (n,) int64
@@ -46,7 +46,7 @@ def fit_classifier(
     optimizer.step(objective)
     return weight.detach(), bias.detach()
 
-# %% ../nbs/14_probes.ipynb #c02720bb
+# %% ../nbs/14_probes.ipynb #92e9d5de
 STRENGTHS = (10., 1., .1, .01, .001, .0001)  # of the penalty, the strongest first, so that it wins a tie
 
 class LinearProbe(NamedTuple):
@@ -68,15 +68,21 @@ def _choose(x, y, classes, strengths):
         tried[l2] = _accuracy(x[held], y[held], *fit)
     return tried
 
-# %% ../nbs/14_probes.ipynb #fe8c9f8a
+# %% ../nbs/14_probes.ipynb #bf7ee30a
+def _check_pair(train_x, test_x, what):
+    if not len(test_x): raise BadInput('the test set is empty')
+    if train_x.shape[-1] != test_x.shape[-1]:
+        raise BadInput(f'the training set has {what} of {train_x.shape[-1]} channels and the test set of {test_x.shape[-1]}')
+
 def _check_labelled(x, y, what):
     if x.ndim != 2 or y.shape != x.shape[:1]:
         raise BadInput(f'the {what} set needs summaries (n, C) and classes (n,), not {tuple(x.shape)} and {tuple(y.shape)}')
     if not x.isfinite().all(): raise BadInput(f'the summaries of the {what} set are not all finite')
+    if len(y) and y.min() < 0: raise BadInput(f'classes are numbered from 0, but the {what} set has {y.min()}')
 
 def _folded(weight, bias, mean, std):
     "The classifier of raw summaries that does what one of standardized summaries does."
-    linear = nn.Linear(*weight.shape[::-1], device=weight.device, dtype=weight.dtype).requires_grad_(False)
+    linear = nn.utils.skip_init(nn.Linear, *weight.shape[::-1], device=weight.device, dtype=weight.dtype).requires_grad_(False)
     linear.weight.copy_(weight/std)
     linear.bias.copy_(bias - weight @ (mean/std))
     return linear
@@ -92,7 +98,8 @@ def linear_probe(
 )->LinearProbe:
     "The accuracy of a linear classifier of frozen summaries, the same at every call. Raises `BadInput` for sets that do not fit."
     for x, y, what in ((train_x, train_y, 'training'), (test_x, test_y, 'test')): _check_labelled(x, y, what)
-    train_y, test_y = train_y.long(), test_y.long()
+    _check_pair(train_x, test_x, 'summaries')
+    train_y, test_y = train_y.long().clone(), test_y.long()  # a copy, for autograd keeps nothing made in inference mode
     if len(train_x) < 5 or len(train_y.unique()) < 2: raise BadInput('a probe needs five training images or more, of two classes or more')
     classes = int(max(train_y.max(), test_y.max())) + 1
     std, mean = torch.std_mean(train_x.to(dtype), 0, correction=0)
@@ -103,7 +110,7 @@ def linear_probe(
     classifier = _folded(*fit_classifier(x, train_y, classes, l2), mean, std)
     return LinearProbe(_accuracy(test_x.to(dtype), test_y, classifier.weight, classifier.bias), l2, tried, classifier)
 
-# %% ../nbs/14_probes.ipynb #f04a65b1
+# %% ../nbs/14_probes.ipynb #46a6bd10
 def confusion(
     said:Tensor,   # predicted classes, any shape, integers
     truth:Tensor,  # of the same shape
@@ -130,7 +137,7 @@ def mean_iou(
     "The mean of `iou_by_class` over the classes that occur or are said to."
     return iou_by_class(confusion).nanmean().item()
 
-# %% ../nbs/14_probes.ipynb #2c7c2942
+# %% ../nbs/14_probes.ipynb #d6f3b80e
 def open_labelled(
     source:str|Path, # a Parquet file, or a folder of them
 )->Dataset:          # columns `image` and `mask`, undecoded
@@ -147,24 +154,30 @@ def open_labelled(
     for name in rows.column_names: rows = rows.cast_column(name, ImageColumn(decode=False))
     return rows
 
-# %% ../nbs/14_probes.ipynb #2299c733
-def _mask(row, size, name):
-    "A mask of `size` (height, width) as class numbers."
+# %% ../nbs/14_probes.ipynb #97e45a55
+def _mask(row, name):
     if row is None: raise BadInput(f'{name} is missing')
     try:
         with Image.open(BytesIO(row['bytes']) if row['bytes'] is not None else row['path']) as mask: mask.load()
     except OSError as e: raise BadInput(f'{name} cannot be read ({e})') from e
     if mask.mode not in ('L', 'P'): raise BadInput(f'{name} has the mode {mask.mode}: a mask is an 8-bit picture of class numbers')
-    return torch.from_numpy(np.array(mask.resize(size[::-1], Image.Resampling.NEAREST)))
+    return mask
 
-def _image(row, size, name):
-    try: image = decode(row)
+def _image(row, name):
+    try: return decode(row)
     except Unreadable as e: raise BadInput(f'{name} {e}: labelled images must all be readable') from e
-    return pil_to_tensor(image.resize(size[::-1], Image.Resampling.BILINEAR))
 
-def _nearest_size(row):
+def _nearest_size(image):
     "The sides of an image, each rounded to a multiple of 32."
-    return tuple(max(1, round(side/32))*32 for side in decode(row).size[::-1])
+    return tuple(max(32, (side + 16)//32*32) for side in image.size[::-1])
+
+def _labelled(row, size, where):
+    "An image (3, H, W) and its mask (H, W), uint8."
+    image, mask = _image(row['image'], f'the image in {where}'), _mask(row['mask'], f'the mask in {where}')
+    if image.width*mask.height != image.height*mask.width:
+        raise BadInput(f'the mask in {where} is {mask.width} × {mask.height} pixels and its image {image.width} × {image.height}')
+    return (pil_to_tensor(image.resize(size[::-1], Image.Resampling.BILINEAR)),
+            torch.from_numpy(np.array(mask.resize(size[::-1], Image.Resampling.NEAREST))))
 
 def segmentation_images(
     source:str|Path,                      # see `open_labelled`
@@ -173,14 +186,14 @@ def segmentation_images(
 )->Iterator[tuple[Tensor, Tensor]]:       # images (B, 3, H, W) in [0, 1] and masks (B, H, W) uint8
     "Images and masks in their order, resized to one size. Raises `BadInput` for what cannot be used."
     rows = open_labelled(source)
-    size = height_width(size) if size else _nearest_size(rows[0]['image'])
+    size = height_width(size) if size else _nearest_size(_image(rows[0]['image'], f'the image in row 0 of {source}'))
     if any(side % 32 for side in size): raise BadInput(f'both sides of the images must be multiples of 32, not {size[0]} × {size[1]}')
     for first in range(0, len(rows), batch_size):
-        batch = [(f'row {i} of {source}', rows[i]) for i in range(first, min(first + batch_size, len(rows)))]
-        images = torch.stack([_image(row['image'], size, f'the image in {name}') for name, row in batch])
-        yield images/255, torch.stack([_mask(row['mask'], size, f'the mask in {name}') for name, row in batch])
+        batch = [_labelled(rows[i], size, f'row {i} of {source}') for i in range(first, min(first + batch_size, len(rows)))]
+        images, masks = map(torch.stack, zip(*batch))
+        yield images/255, masks
 
-# %% ../nbs/14_probes.ipynb #6269a1ca
+# %% ../nbs/14_probes.ipynb #a2597136
 def cached_grids(
     spatial:Callable[[Tensor], Tensor],         # from images in [0, 1] to a grid (B, h, w, D)
     batches:Iterable[tuple[Tensor, Tensor]],    # images (B, 3, H, W) and masks (B, H, W), from `segmentation_images`
@@ -195,7 +208,7 @@ def cached_grids(
     if not grids: raise BadInput('there are no labelled images to probe with')
     return torch.cat(grids), torch.cat(masks)
 
-# %% ../nbs/14_probes.ipynb #08636d10
+# %% ../nbs/14_probes.ipynb #85f2131b
 def segment(
     head:nn.Module,       # of a `SegmentationProbe`
     grids:Tensor,         # (B, h, w, D)
@@ -219,7 +232,7 @@ def _fit_head(head, grids, masks, ignore, epochs, batch_size, lr, seed):
             optimizer.step()
             schedule.step()
 
-# %% ../nbs/14_probes.ipynb #d3b05c70
+# %% ../nbs/14_probes.ipynb #71f3eae7
 class SegmentationProbe(NamedTuple):
     "What a segmentation probe found."
     miou: float        # see `mean_iou`
@@ -246,8 +259,9 @@ def segmentation_probe(
 )->SegmentationProbe:
     "How well a linear map of frozen grids says what lies where. Raises `BadInput` for sets that do not fit."
     for (grids, masks), what in ((train, 'training'), (test, 'test')): _check_grids(grids, masks, classes, ignore, what)
+    _check_pair(train[0], test[0], 'grids')
     width = train[0].shape[-1]
-    head = nn.Sequential(nn.BatchNorm2d(width), nn.Conv2d(width, classes, 1)).to(device)
+    head = nn.Sequential(nn.BatchNorm2d(width), nn.utils.skip_init(nn.Conv2d, width, classes, 1)).to(device)
     for parameter in head[1].parameters(): nn.init.zeros_(parameter)
     _fit_head(head, *train, ignore, epochs, batch_size, lr, seed)
     head.eval()

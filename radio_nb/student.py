@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Residual', 'Head', 'Student', 'fold_heads', 'remove_bottleneck']
 
-# %% ../nbs/08_student.ipynb #6d653f16
+# %% ../nbs/08_student.ipynb #ece88174
 import json
 import os
 from contextlib import nullcontext
@@ -21,7 +21,7 @@ from .features import BadInput, Features
 from .information import Bottleneck
 from .normalizers import Normalizer
 
-# %% ../nbs/08_student.ipynb #f2e7af6a
+# %% ../nbs/08_student.ipynb #b2bf780f
 class Residual(nn.Sequential):
     "Layers whose output is added to their input."
     def forward(self, x): return x + super().forward(x)
@@ -46,7 +46,7 @@ class Head(nn.Sequential):
         head[-1] = normalizer.fold_into(self[-1])
         return head
 
-# %% ../nbs/08_student.ipynb #02bbe1f1
+# %% ../nbs/08_student.ipynb #fd197927
 class Student(nn.Module):
     "A backbone with two heads for each teacher: images to every teacher's features."
     def __init__(self,
@@ -81,10 +81,6 @@ class Student(nn.Module):
         return {name: Features(summaries.get(name, nothing), head(spatial))
                 for name, head in zip(self.config['teachers'], self.spatial_heads)}
 
-    def head(self, name:str)->Head: # name: of a teacher
-        "The head for a teacher's grid."
-        return self.spatial_heads[list(self.config['teachers']).index(name)]
-
     def no_weight_decay(self)->set[str]:
         "Names of parameters that an optimizer should not shrink; timm's optimizers ask for them."
         return {f'backbone.{name}' for name in self.backbone.no_weight_decay()}
@@ -110,13 +106,13 @@ class Student(nn.Module):
         student.load_state_dict(load_file(Path(folder)/'student.safetensors'))
         return student.eval()
 
-# %% ../nbs/08_student.ipynb #1092bcb1
+# %% ../nbs/08_student.ipynb #10f414b0
 def _narrowed(bottleneck, tokens, spatial):
     "Class tokens (B, n, dim) and grid (B, h, w, dim) through a bottleneck."
     noisy, n = bottleneck(torch.cat([tokens, spatial.flatten(1, 2)], 1)), tokens.shape[1]
     return noisy[:, :n], noisy[:, n:].unflatten(1, spatial.shape[1:3])
 
-# %% ../nbs/08_student.ipynb #7ca43b46
+# %% ../nbs/08_student.ipynb #01961ec1
 def fold_heads(
     student:Student,                      # trained on normalized targets
     normalizers:dict[str, Normalizer],    # by teacher
@@ -126,7 +122,7 @@ def fold_heads(
         student.spatial_heads[i] = student.spatial_heads[i].folded(normalizers[name]).to(student.backbone.mean.device)
     return student
 
-# %% ../nbs/08_student.ipynb #99df4b70
+# %% ../nbs/08_student.ipynb #31bcc00c
 def remove_bottleneck(
     student:Student,  # with or without a bottleneck
 )->Student:           # the same object, without

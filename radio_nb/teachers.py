@@ -6,7 +6,7 @@
 __all__ = ['SOURCES', 'TEACHERS', 'Teacher', 'as_grid', 'timm_features', 'read_weights', 'fill', 'Spec', 'parse_spec', 'Listed',
            'timm_model', 'open_clip_model', 'load_teacher']
 
-# %% ../nbs/07_teachers.ipynb #d790ae9f
+# %% ../nbs/07_teachers.ipynb #76ae8e25
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,9 +23,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from .features import BadInput, Features, unknown
-from .zoo import ZOO, zoo_model
+from .zoo import ZOO, CifarResNet, zoo_model
 
-# %% ../nbs/07_teachers.ipynb #a68d7e59
+# %% ../nbs/07_teachers.ipynb #91b7506b
 class Teacher(nn.Module):
     "A pretrained model, frozen: images (B, 3, H, W) in [0, 1] to `Features` in float32."
     def __init__(self,
@@ -64,7 +64,7 @@ class Teacher(nn.Module):
 
     def __repr__(self): return f'Teacher({self.name!r}, {self.size} px, summary: {self.summary_kind})'
 
-# %% ../nbs/07_teachers.ipynb #a1e96163
+# %% ../nbs/07_teachers.ipynb #ab0d933b
 def as_grid(
     final:Tensor,     # what `forward_features` gave
     model:nn.Module,  # a timm model
@@ -78,7 +78,7 @@ def as_grid(
                        'wrap it with load_teacher(model, features=…) and return the grid yourself')
     return tokens.unflatten(1, (side, side))
 
-# %% ../nbs/07_teachers.ipynb #878e6bd5
+# %% ../nbs/07_teachers.ipynb #d141019f
 def timm_features(
     model:nn.Module,  # a timm model
 )->Callable[[Tensor], Features]:
@@ -88,12 +88,12 @@ def timm_features(
         return Features(model.forward_head(final, pre_logits=True), as_grid(final, model))
     return features
 
-# %% ../nbs/07_teachers.ipynb #1af0baf6
+# %% ../nbs/07_teachers.ipynb #8e562c44
 _summary_kinds = {'token': 'class token', 'avg': 'average', 'map': 'attention pooling'}
 
 def _summary_kind(model): return _summary_kinds.get(getattr(model, 'global_pool', None), 'average')
 
-# %% ../nbs/07_teachers.ipynb #dd85a09b
+# %% ../nbs/07_teachers.ipynb #e7e04daf
 def read_weights(
     path:Path,  # safetensors, or a checkpoint of tensors
 )->dict[str, Tensor]:
@@ -104,7 +104,7 @@ def read_weights(
         reason = str(e).strip().splitlines()[0]
         raise BadInput(f'{path} is not a file of weights that can be read safely ({reason}): save it as safetensors') from e
 
-# %% ../nbs/07_teachers.ipynb #05fffe1d
+# %% ../nbs/07_teachers.ipynb #abde67cd
 def _misfit(model, weights):
     "What keeps `weights` from filling `model`: missing keys, keys left over, wrong shapes. Classifiers do not count."
     own = model.state_dict()
@@ -116,7 +116,7 @@ def _misfit(model, weights):
               for key in own if key in weights and weights[key].shape != own[key].shape]
     return {'missing': missing, 'not in the model': left_over, 'of another shape': shapes}
 
-# %% ../nbs/07_teachers.ipynb #7bd1a07e
+# %% ../nbs/07_teachers.ipynb #72d84ff2
 def fill(
     model:nn.Module,          # a network
     weights:dict[str, Tensor],
@@ -133,7 +133,7 @@ def fill(
     model.load_state_dict(weights, strict=False)
     return model
 
-# %% ../nbs/07_teachers.ipynb #e62d19e4
+# %% ../nbs/07_teachers.ipynb #5834e6e9
 class Spec(NamedTuple):
     "A teacher spec, taken apart."
     source:str      # 'zoo', 'timm' or 'open_clip'
@@ -143,7 +143,7 @@ class Spec(NamedTuple):
 
 SOURCES = ('zoo', 'timm', 'open_clip')
 
-# %% ../nbs/07_teachers.ipynb #1ca3693f
+# %% ../nbs/07_teachers.ipynb #8ed09ecd
 def parse_spec(
     spec:str,  # 'source:name', 'source:name@path', 'source:name@random', any of them with '#pixels' behind
 )->Spec:
@@ -158,7 +158,7 @@ def parse_spec(
     if source not in SOURCES: raise unknown('source of teachers', source, list(SOURCES))
     return Spec(source, name, weights, int(size))
 
-# %% ../nbs/07_teachers.ipynb #a5a698b4
+# %% ../nbs/07_teachers.ipynb #4c13a404
 @dataclass(frozen=True)
 class Listed:
     "A line of `radio-nb teachers`."
@@ -172,15 +172,28 @@ TEACHERS: dict[str, Listed] = {f'zoo:{name}': Listed(zoo.aim, zoo.licence) for n
     'open_clip:ViT-B-16/datacomp_xl_s13b_b90k': Listed('matches images and texts', 'MIT'),
 }
 
-# %% ../nbs/07_teachers.ipynb #d06b8eb2
+# %% ../nbs/07_teachers.ipynb #4744133b
 def _from_zoo(spec, name):
+    if spec.name.startswith('cifar-resnet'): return _from_cifar(spec, name)
     zoo = zoo_model(spec.name)
     if spec.weights: raise BadInput(f'{name}: zoo models come with their weights; for a file of yours use timm:NAME@{spec.weights}')
     model = zoo.load()
     features = getattr(model, 'features', None) or timm_features(model)
     return Teacher(name, model, features, spec.size or zoo.size, zoo.mean, zoo.std)
 
-# %% ../nbs/07_teachers.ipynb #690e44b2
+# %% ../nbs/07_teachers.ipynb #2662691c
+def _from_cifar(spec, name):
+    depth = spec.name.removeprefix('cifar-resnet')
+    if not depth.isdigit(): raise BadInput(f'{name}: the depth belongs to the name, as in zoo:cifar-resnet56@PATH')
+    if not spec.weights: raise BadInput(f'{name}: the zoo has no weights for it; give a file, zoo:{spec.name}@PATH')
+    model = CifarResNet(int(depth))
+    if spec.weights != 'random': fill(model, read_weights(spec.weights), spec.weights)
+    def features(x):
+        spatial = model.grid(x)
+        return Features(spatial.mean((1, 2)), spatial)
+    return Teacher(name, model, features, spec.size or 32)
+
+# %% ../nbs/07_teachers.ipynb #6735eec4
 def _from_hub(name, create):
     "Run `create`, which fetches weights; say clearly when it cannot."
     try: return create()
@@ -190,7 +203,7 @@ def _from_hub(name, create):
         raise BadInput(f'{name}: its weights could not be fetched ({reason}). '
                        f'Without a network give a local file: {name.partition("#")[0]}@PATH') from e
 
-# %% ../nbs/07_teachers.ipynb #3651b4dd
+# %% ../nbs/07_teachers.ipynb #0ea74929
 def timm_model(
     spec:Spec,  # with source 'timm'
     **kwargs,   # passed on to timm
@@ -203,7 +216,7 @@ def timm_model(
     model = timm.create_model(spec.name, num_classes=0, **kwargs)
     return model if spec.weights == 'random' else fill(model, read_weights(spec.weights), spec.weights)
 
-# %% ../nbs/07_teachers.ipynb #03e5a60f
+# %% ../nbs/07_teachers.ipynb #d4554a6c
 def _takes_size(name):
     "Whether timm's architecture `name` is built for one image size."
     return timm.get_pretrained_cfg(name.partition('.')[0]).fixed_input_size
@@ -216,14 +229,14 @@ def _from_timm(spec, name):
     mean, std = _file_normalization(spec.weights) or (cfg['mean'], cfg['std'])
     return Teacher(name, model, timm_features(model), spec.size or cfg['input_size'][-1], mean, std, _summary_kind(model))
 
-# %% ../nbs/07_teachers.ipynb #37a7a656
+# %% ../nbs/07_teachers.ipynb #d724089e
 def _is_trunk(spec):
     "Whether the file's names are those of a `features_only` network and not of the whole one."
     weights = read_weights(spec.weights)
     with torch.device('meta'): whole = timm.create_model(spec.name, num_classes=0).state_dict()
     return not any(key in whole for key in weights) and any(key.replace('_', '.', 1) in whole for key in weights)
 
-# %% ../nbs/07_teachers.ipynb #111a55ee
+# %% ../nbs/07_teachers.ipynb #5b8398a8
 def _from_trunk(spec, name):
     weights = read_weights(spec.weights)
     layers = {key.rpartition('.')[0] for key in weights}
@@ -239,7 +252,7 @@ def _from_trunk(spec, name):
     mean, std = _file_normalization(spec.weights) or (cfg.mean, cfg.std)
     return Teacher(name, model, features, spec.size or cfg.input_size[-1], mean, std)
 
-# %% ../nbs/07_teachers.ipynb #fe897e83
+# %% ../nbs/07_teachers.ipynb #40f56f67
 def _file_normalization(path):
     "The mean and std that a safetensors file states, as 'r,g,b' of numbers or fractions; None where it does not."
     if not str(path).endswith('.safetensors'): return None
@@ -248,7 +261,7 @@ def _file_normalization(path):
     def numbers(text): return tuple(float(Fraction(a)/Fraction(b or 1)) for a, _, b in (n.partition('/') for n in text.split(',')))
     return numbers(stated['mean']), numbers(stated['std'])
 
-# %% ../nbs/07_teachers.ipynb #77148445
+# %% ../nbs/07_teachers.ipynb #37323b04
 def open_clip_model(
     spec:Spec,  # with source 'open_clip'
     **kwargs,   # passed on to open_clip
@@ -271,7 +284,7 @@ def _from_open_clip(spec, name):
     cfg = open_clip.get_model_preprocess_cfg(model)
     return Teacher(name, tower, _clip_features(tower), size, cfg['mean'], cfg['std'], 'CLIP embedding')
 
-# %% ../nbs/07_teachers.ipynb #8d3175d9
+# %% ../nbs/07_teachers.ipynb #e4d686a3
 def _clip_features(tower):
     "How to read an image tower of open_clip: the embedding, and the last grid after its normalization."
     def features(x):
@@ -279,7 +292,7 @@ def _clip_features(tower):
         return Features(out['image_features'], out['image_intermediates'][-1].movedim(1, -1))
     return features
 
-# %% ../nbs/07_teachers.ipynb #32977de4
+# %% ../nbs/07_teachers.ipynb #975dd670
 def load_teacher(
     spec:str|nn.Module,                             # see `parse_spec`; or a network
     features:Callable[[Tensor], Features]|None=None,# for a network: from normalized images to features

@@ -7,7 +7,7 @@ __all__ = ['check_losses', 'check_width', 'normalized', 'shrink', 'draw_window',
            'Pass', 'passes', 'Trainer', 'Prepared', 'best_device', 'check_recipe', 'prepare', 'new_student', 'new_step',
            'export_student', 'distill', 'pulls']
 
-# %% ../nbs/10_train.ipynb #ed39d85d
+# %% ../nbs/10_train.ipynb #1d5168b2
 import json
 import sys
 from contextlib import nullcontext
@@ -51,7 +51,7 @@ from .student import Student, fold_heads, remove_bottleneck
 from .teachers import Teacher, load_teacher
 from .watch import Clock, check_trackers, flat, gradient_norms, too_loud
 
-# %% ../nbs/10_train.ipynb #b8eb18c2
+# %% ../nbs/10_train.ipynb #fe541ecd
 def check_losses(step:int, parts:dict[str, dict[str, float]]):
     "Raise `BadInput` that names the teacher whose loss is not finite."
     for name, pair in parts.items():
@@ -59,7 +59,7 @@ def check_losses(step:int, parts:dict[str, dict[str, float]]):
             if not isfinite(value):
                 raise BadInput(f'step {step}: the {kind} loss of teacher {name} is {value}; try a lower lr, or leave this teacher out')
 
-# %% ../nbs/10_train.ipynb #487f537d
+# %% ../nbs/10_train.ipynb #b2b84552
 def check_width(step:int, name:str, spatial:Tensor, normalizer:Normalizer):
     "Raise `BadInput` that names a teacher whose grid does not fit its normalizer."
     fitted = normalizer.weight.shape[-1] if normalizer.weight.ndim else spatial.shape[-1]
@@ -71,7 +71,7 @@ def normalized(said:dict[str, Features], normalizers:dict[str, Normalizer], step
     for name, (_, spatial) in said.items(): check_width(step, name, spatial, normalizers[name])
     return {name: Features(summary, normalizers[name](spatial)) for name, (summary, spatial) in said.items()}
 
-# %% ../nbs/10_train.ipynb #8de5a1b4
+# %% ../nbs/10_train.ipynb #ac865c30
 def shrink(
     images:Tensor,               # (B, 3, H, W)
     size:int|tuple[int, int],    # a side, or height and width, in pixels
@@ -118,7 +118,7 @@ class Step(nn.Module):
             more, others = self.flow(said, targets, self.student.bottleneck, kept, scale, part.share)
         return own + more, {name: parts[name] | others[name] for name in parts}
 
-# %% ../nbs/10_train.ipynb #55737c91
+# %% ../nbs/10_train.ipynb #54a4d625
 def logged(
     engine:Accelerator,
     terms:list[tuple[tuple[str, ...], Tensor]], # names and scalars; those of the same name are added up
@@ -133,7 +133,7 @@ def logged(
         level[last] = value
     return line
 
-# %% ../nbs/10_train.ipynb #b2f35eb6
+# %% ../nbs/10_train.ipynb #a21228b9
 @torch.no_grad()
 def change_target(
     linear:nn.Linear,  # the last layer of a head, changed in place
@@ -145,7 +145,7 @@ def change_target(
     linear.weight.copy_(multiply(new.weight, own.weight.T).T)
     linear.bias.copy_(multiply(new.weight, own.bias - new.mean))
 
-# %% ../nbs/10_train.ipynb #62b6d382
+# %% ../nbs/10_train.ipynb #75917cea
 class Weights:
     "All that a gradient changes, in one process or several."
     def __init__(self, step:Step, recipe:Recipe, engine:Accelerator):
@@ -167,7 +167,8 @@ class Weights:
     def change_targets(self, old:dict[str, Normalizer], new:dict[str, Normalizer]):
         "Make all heads whose teacher was measured before say in new terms what they said in the old ones."
         for student in self.students():
-            for name in old.keys() & new.keys(): change_target(student.head(name)[-1], old[name], new[name])
+            heads = dict(zip(student.config['teachers'], student.spatial_heads))
+            for name in old.keys() & new.keys(): change_target(heads[name][-1], old[name], new[name])
 
     def move(self, lr:float, number:int)->dict[str, float]: # number: of the step
         "Take a step against the gradient; gives its length before it was clipped, for the log."
@@ -189,7 +190,7 @@ class Weights:
         load_whole_state(self.step, self.optimizer, state['weights'] | flow, state['optimizer'])
         if self.average: self.average.module.load_state_dict(state['average'])
 
-# %% ../nbs/10_train.ipynb #7785d8d2
+# %% ../nbs/10_train.ipynb #59edf13a
 class Pass(NamedTuple):
     "A piece of one part of the batch, to go through the networks in one go."
     source: Source
@@ -217,7 +218,7 @@ def passes(sources:list[Source], batches:tuple[Batch, ...], pieces:int, seed:int
             found.append(Pass(source, mine, piece, seed + (i << 40), (i, k) == (len(sources) - 1, pieces - 1)))
     return found
 
-# %% ../nbs/10_train.ipynb #dec8939e
+# %% ../nbs/10_train.ipynb #af307e80
 class Trainer:
     "A student that learns step by step, in the processes of an engine, or in this one alone."
     def __init__(self, step:Step, recipe:Recipe, device:torch.device, engine:Accelerator|None=None):
@@ -278,7 +279,7 @@ class Trainer:
         self.step, self.matches = state['step'], state['matches']
         self.weights.load_state_dict(state)
 
-# %% ../nbs/10_train.ipynb #ae48db3f
+# %% ../nbs/10_train.ipynb #8acdf77c
 class Prepared(NamedTuple):
     "What a recipe names, loaded."
     teachers: dict[str, Teacher]
@@ -317,7 +318,7 @@ def prepare(recipe:Recipe, device:torch.device|None=None)->Prepared:
     teachers = {name: load_teacher(spec, name=name).to(home) for name, spec in teacher_names(recipe.teachers).items()}
     return Prepared(teachers, train, held, last.size, device)
 
-# %% ../nbs/10_train.ipynb #fe2fdbe7
+# %% ../nbs/10_train.ipynb #e8562853
 def new_student(
     recipe:Recipe,
     widths:dict[str, tuple[int, int]], # of every teacher's summary and grid
@@ -329,7 +330,7 @@ def new_student(
     return Student(recipe.student, widths, recipe.stem, recipe.head_width, depth=recipe.depth, head_blocks=recipe.head_blocks,
                    windows=recipe.windows, bottleneck=bool(recipe.information and recipe.bottleneck))
 
-# %% ../nbs/10_train.ipynb #1e9114d2
+# %% ../nbs/10_train.ipynb #dea4274b
 def new_step(recipe:Recipe, widths:dict[str, tuple[int, int]], out:Path)->Step:
     "The student, the loss and what else a run compares by."
     loss = MultiTeacherLoss(recipe.method, *teacher_weights(recipe, list(widths)), recipe.balance)
@@ -342,7 +343,7 @@ def export_student(recipe:Recipe, widths:dict[str, tuple[int, int]], state:dict,
     student.load_state_dict(state.get('average', own))
     fold_heads(remove_bottleneck(student), load_normalizers(recipe, widths, out)).save_pretrained(out)
 
-# %% ../nbs/10_train.ipynb #0450faaa
+# %% ../nbs/10_train.ipynb #408f9442
 def distill(
     recipe:Recipe,
     resume:bool=False,  # go on with an unfinished run in the same folder
@@ -367,7 +368,7 @@ def distill(
     engine.end_training()
     return out
 
-# %% ../nbs/10_train.ipynb #3fccd44c
+# %% ../nbs/10_train.ipynb #c13034a9
 def _legs(recipe, plan, ready, widths, engine, out):
     "Every leg of a run that is not done yet; gives the last checkpoint."
     state, trainer = load_checkpoint(out/'checkpoints'), None
@@ -383,7 +384,7 @@ def _legs(recipe, plan, ready, widths, engine, out):
         state = _leg(trainer, state['skipped'] if state else {}, plan[-1].last, out)
     return state
 
-# %% ../nbs/10_train.ipynb #3a04727a
+# %% ../nbs/10_train.ipynb #78777586
 def pulls(trainer:Trainer, batches:tuple[Batch, ...])->dict[str, float]:
     "How long each teacher's gradient on the backbone is, averaged over the processes."
     norms = {}
@@ -405,7 +406,7 @@ def _watched(trainer, batches, told):
     if word: told.add(word)
     return {'pulls': found}
 
-# %% ../nbs/10_train.ipynb #1833cf6d
+# %% ../nbs/10_train.ipynb #26e990bd
 def _leg(trainer, skipped, total, out):
     recipe, engine, leg, main = trainer.recipe, trainer.engine, trainer.leg, trainer.engine.is_main_process
     def checkpoint():

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEMPLATES', 'class_embeddings', 'zero_shot_accuracy', 'TextTower', 'cached_embeddings']
 
-# %% ../nbs/13_zero_shot.ipynb #386a46ed
+# %% ../nbs/13_zero_shot.ipynb #042951e2
 import hashlib
 import json
 import os
@@ -23,7 +23,7 @@ from torch import Tensor
 from .features import BadInput
 from .teachers import open_clip_model, parse_spec
 
-# %% ../nbs/13_zero_shot.ipynb #d83905ec
+# %% ../nbs/13_zero_shot.ipynb #5887cfd9
 TEMPLATES = ('a photo of a {}.', 'a photo of one {}, seen close up.', 'a photo with a {} far away.', 'a picture of a {} in bad light.',
              'a blurred picture of a {}.', 'a small picture of a {}.', 'part of a {} in a photo.', 'a drawing of a {}.')
 
@@ -45,7 +45,7 @@ def class_embeddings(
     embeddings = torch.cat([F.normalize(tower(tokenizer(chunk)).float(), dim=-1) for chunk in chunks])
     return F.normalize(embeddings.unflatten(0, (len(names), len(templates))).mean(1), dim=-1).clone()
 
-# %% ../nbs/13_zero_shot.ipynb #0ec896d7
+# %% ../nbs/13_zero_shot.ipynb #34ec365d
 def _check(x, y, embeddings):
     if x.ndim != 2 or y.shape != x.shape[:1]:
         raise BadInput(f'zero-shot needs summaries (n, C) and classes (n,), not {tuple(x.shape)} and {tuple(y.shape)}')
@@ -72,7 +72,7 @@ def zero_shot_accuracy(
         for k in tops: right[k] += (nearest[:, :k] == label[:, None]).sum().item()
     return {f'top{k}': n/len(x) for k, n in right.items()}
 
-# %% ../nbs/13_zero_shot.ipynb #4be1b789
+# %% ../nbs/13_zero_shot.ipynb #7af8f7e2
 class TextTower:
     "The text half of an open_clip model, frozen: tokens (n, length) to embeddings (n, C)."
     def __init__(self,
@@ -97,7 +97,7 @@ def _tokenizer(arch):
         raise BadInput(f'open_clip:{arch}: its tokenizer is not part of open_clip and could not be fetched ({reason}); '
                        'models with the tokenizer of CLIP, such as ViT-B-16, need nothing more') from e
 
-# %% ../nbs/13_zero_shot.ipynb #aad54dff
+# %% ../nbs/13_zero_shot.ipynb #c63d1c17
 def _key(spec, names, templates):
     "What class embeddings depend on, as a line of JSON."
     parsed, file = parse_spec(spec), None
@@ -121,11 +121,12 @@ def cached_embeddings(
     "`class_embeddings` of an open_clip model, computed once."
     key = _key(spec, names, templates)
     path = Path(folder)/f'{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors'
-    kept = None if spec.endswith('@random') else _read(path, key)
+    lasting = parse_spec(spec).weights != 'random'
+    kept = _read(path, key) if lasting else None
     if kept is not None: return kept
     tower = TextTower(spec)
     embeddings = class_embeddings(tower, tower.tokenizer, names, templates).contiguous()
-    if not spec.endswith('@random'):
+    if lasting:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f'.{os.getpid()}.part')   # its own for each process, and whole when it gets its name
         save_file({'embeddings': embeddings}, part, {'key': key})

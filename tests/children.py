@@ -1,4 +1,5 @@
 "Processes that start in a moment: a server imports the package once, and every child is a fork of it."
+import radio_nb  # noqa: F401, I001  before timm, so that torchvision can be imported
 import contextlib
 import multiprocessing
 import os
@@ -6,8 +7,8 @@ import socket
 import time
 from pathlib import Path
 
+import datasets.config
 import numpy as np
-import radio_nb  # noqa: F401  before timm, so that torchvision can be imported
 import timm
 import torch
 from datasets import Dataset
@@ -28,6 +29,7 @@ server.set_forkserver_preload(['radio_nb.cli', 'PIL.AvifImagePlugin', 'torch._dy
 def _begin(work, args, env, log):
     os.environ.update(env)
     torch.set_num_threads(1)
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0   # after every epoch of a shuffled stream it sleeps for five seconds
     with log.open('a', buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file): work(*args)
 
 
@@ -52,7 +54,8 @@ class Children:
         self.begun = time.time()
         self.processes = []
         for rank, own in enumerate(self.logs):
-            ranks = {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': n, 'LOCAL_WORLD_SIZE': n, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
+            ranks = {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': n, 'LOCAL_WORLD_SIZE': n, 'MASTER_ADDR': '127.0.0.1',
+                     'MASTER_PORT': port}
             env = {key: str(value) for key, value in ranks.items()} if n > 1 else {}
             self.processes.append(server.Process(target=_begin, args=(work, args, env, own)))
             self.processes[-1].start()

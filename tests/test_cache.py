@@ -1,4 +1,5 @@
 "What the disk remembers of the teachers: never the wrong thing, and nothing twice."
+import radio_nb  # noqa: F401, I001  before timm, so that torchvision can be imported
 import io
 import os
 import shutil
@@ -7,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import radio_nb  # noqa: F401  before timm, so that torchvision can be imported
 import timm
 import torch
 from children import photo_parquet, small_images
@@ -111,7 +111,7 @@ def test_one_changed_image_changes_the_key(tmp_path):
     stat = file.stat()
     Image.new('RGB', (96, 96)).save(file)
     assert key()['images'] != first['images']
-    assert {name: value for name, value in key().items() if name != 'images'} == {name: value for name, value in first.items() if name != 'images'}
+    assert key() | {'images': ''} == first | {'images': ''}
     before = key()
     os.utime(file, ns=(stat.st_atime_ns, file.stat().st_mtime_ns + 1))   # of the same size, written a moment later
     assert key() != before

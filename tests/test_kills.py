@@ -80,7 +80,7 @@ def test_killed_twenty_times_it_trains_the_same_student(hard, tmp_path):
         assert (out/'statistics-8.safetensors').read_bytes() == (undisturbed/'statistics-8.safetensors').read_bytes()
         assert losses(out) == losses(undisturbed)
         finished += 1
-    print(f'{kills} kills, {writing} of them while a checkpoint was written, {measuring} before the first; {finished} runs of {seconds:.1f} s')
+    print(f'{kills} kills, {writing} while a checkpoint was written, {measuring} before the first; {finished} runs of {seconds:.1f} s')
     assert writing >= 4 and measuring >= 2
     assert Student.from_pretrained(undisturbed).config['teachers'].keys() == {'u2netp', 'small_vit'}
 

@@ -74,7 +74,7 @@ def fresh(code): return subprocess.run([sys.executable, '-c', code], capture_out
 
 
 def test_the_package_needs_neither_nbdev_nor_extras():
-    extras = {'nbdev', 'fastcore', 'execnb', 'jupyterlab', 'ipywidgets', 'skimage', 'sklearn', 'foolbox', 'pytest'}
+    extras = {'nbdev', 'fastcore', 'execnb', 'jupyterlab', 'ipywidgets', 'skimage', 'sklearn', 'foolbox', 'torchmetrics', 'pytest'}
     done = fresh(f'import radio_nb.cli, sys; print({extras} & set(sys.modules))')
     assert done.stdout.strip() == 'set()', done.stdout + done.stderr
 

@@ -14,7 +14,6 @@ from radio_nb.features import BadInput, Features
 from radio_nb.losses import MultiTeacherLoss
 from radio_nb.normalizers import Normalizer
 from radio_nb.recipe import Partition, Recipe, Stage, read_recipe
-from radio_nb.runs import load_checkpoint
 from radio_nb.schedule import Leg, Part, legs
 from radio_nb.statistics import Source, load_normalizers
 from radio_nb.student import Student
@@ -145,7 +144,7 @@ def test_over_all_rotations_the_weighted_losses_are_those_of_the_whole_batch(cas
     total = 0
     for shift in range(n):
         order = torch.arange(n).roll(shift)
-        def take(features, part):
+        def take(features, part, order=order):
             rows = order[slice(*part.span)]
             return {name: Features(*(tensor[rows] for tensor in features[name])) for name in part.weights}
         total += sum(loss(take(said, part), take(targets, part), scale=part.weights)[0] for part in parts)/n
@@ -177,7 +176,8 @@ def test_a_teacher_that_changes_its_width_within_a_run_is_named():
     recipe = Recipe('zoo:photos', ('fickle',), '', steps=5, batch_size=2, size=32)
     loss = MultiTeacherLoss('phi-s', {'fickle': 1.}, {'fickle': 1.})
     trainer = Trainer(Step(Few(3), loss), recipe, torch.device('cpu'))
-    trainer.enter(Leg(0, 5, (part,), (0, 5), ('fickle',)), [Source(part, None, {'fickle': fickle})], {'fickle': Normalizer.blank('phi-s', 3)})
+    leg = Leg(0, 5, (part,), (0, 5), ('fickle',))
+    trainer.enter(leg, [Source(part, None, {'fickle': fickle})], {'fickle': Normalizer.blank('phi-s', 3)})
     batch = Batch(torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8), {}, torch.tensor([-1, -1]))
     trainer(batch), trainer(batch)
     before = {key: tensor.clone() for key, tensor in trainer.state_dict()['weights'].items()}

@@ -8,11 +8,11 @@ import psutil
 import pytest
 from children import Children, small_images, train
 from conftest import SMALL
+from test_kills import losses
 
 from radio_nb import cli
 from radio_nb.recipe import Recipe
 from radio_nb.train import distill
-from test_kills import losses
 
 pytest.importorskip('tensorboard')
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
@@ -37,7 +37,8 @@ def test_tensorboard_gets_what_the_log_gets(tmp_path):
     distill(recipe)
     log = losses(Path(recipe.out))
     assert scalars(recipe.out, 'loss') == {line['step']: pytest.approx(line['loss']) for line in log}
-    assert scalars(recipe.out, 'teachers/u2netp/spatial') == {line['step']: pytest.approx(line['teachers']['u2netp']['spatial']) for line in log}
+    spatial = {line['step']: pytest.approx(line['teachers']['u2netp']['spatial']) for line in log}
+    assert scalars(recipe.out, 'teachers/u2netp/spatial') == spatial
     assert not [file.path for file in psutil.Process().open_files() if recipe.out in file.path]
 
 
@@ -52,7 +53,7 @@ def test_a_run_that_is_stopped_has_told_everything(tmp_path):
     assert list(scalars(recipe.out, 'loss')) == done and len(done) >= 3
 
 
-@pytest.mark.parametrize('name, error', [('tensorbord', 'did you mean tensorboard'), ('aim', 'tracker aim is not installed: pip install aim')])
+@pytest.mark.parametrize('name, error', [('tensorbord', 'did you mean tensorboard'), ('aim', 'aim is not installed: pip install aim')])
 def test_a_tracker_that_is_not_there_is_refused(tmp_path, capsys, name, error):
     with pytest.raises(SystemExit) as exit: cli.main(['distill', *SMALL, '--trackers', name, '--out', str(tmp_path/'run')])
     printed = capsys.readouterr().err.strip()

@@ -1,0 +1,242 @@
+"What a chapter cannot show of the probes: invariances over random inputs, memory, and everything that is refused."
+import radio_nb  # noqa: F401  before torchmetrics, so that torchvision can be imported
+
+# isort: split
+import io
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageColumn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from torch.testing import assert_close
+from torchmetrics.classification import MulticlassJaccardIndex
+
+from radio_nb.features import BadInput
+from radio_nb.probes import (
+    STRENGTHS,
+    cached_grids,
+    confusion,
+    fit_classifier,
+    iou_by_class,
+    linear_probe,
+    mean_iou,
+    segment,
+    segmentation_images,
+    segmentation_probe,
+)
+
+
+def clouds(n=120, width=6, classes=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % classes
+    return torch.randn(classes, width, generator=generator)[y] + torch.randn(n, width, generator=generator), y
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(2, 5), st.integers(1, 12), st.sampled_from([3., .3, .03]), st.integers(0, 99))
+def test_coefficients_are_those_of_scikit_learn(classes, width, l2, seed):
+    x, y = clouds(100, width, classes, seed)
+    x = ((x - x.mean(0))/x.std(0, correction=0)).double()
+    weight, bias = fit_classifier(x, y, classes, l2)
+    theirs = LogisticRegression(C=1/(len(x)*l2), tol=1e-10, max_iter=5000).fit(x, y)
+    # scikit-learn has one weight vector for two classes: the difference of ours, under half of our penalty
+    if classes == 2: theirs = LogisticRegression(C=2/(len(x)*l2), tol=1e-10, max_iter=5000).fit(x, y)
+    expected = torch.from_numpy(theirs.predict_proba(x))
+    assert_close((x @ weight.T + bias).softmax(1), expected, atol=1e-4, rtol=0)
+    if classes > 2: assert_close(weight, torch.from_numpy(theirs.coef_), atol=1e-4, rtol=0)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 99), st.floats(1e-3, 1e3))
+def test_units_do_not_count(seed, scale):
+    "Each channel scaled and shifted by something else: the same probe."
+    x, y = clouds(seed=seed)
+    other = x*scale*torch.linspace(.1, 10, x.shape[1]) - 3*scale
+    a, b = (linear_probe(z[:80], y[:80], z[80:], y[80:], l2=.1) for z in (x.double(), other.double()))
+    assert_close(a.classifier(x.double()), b.classifier(other.double()), atol=1e-3, rtol=0)
+    assert a.accuracy == b.accuracy
+
+
+def test_a_probe_is_the_same_twice_and_leaves_random_numbers_alone():
+    x, y = clouds()
+    torch.manual_seed(1)
+    a = linear_probe(x[:80], y[:80], x[80:], y[80:])
+    after = torch.rand(1)
+    torch.manual_seed(1)
+    assert_close(torch.rand(1), after, atol=0, rtol=0)
+    b = linear_probe(x[:80], y[:80], x[80:], y[80:])
+    assert a.accuracy == b.accuracy and a.tried == b.tried and tuple(a.tried) == STRENGTHS
+    assert_close(a.classifier.weight, b.classifier.weight, atol=0, rtol=0)
+
+
+def test_the_test_set_has_no_say_in_the_strength():
+    x, y = clouds()
+    a = linear_probe(x[:80], y[:80], x[80:], y[80:])
+    b = linear_probe(x[:80], y[:80], -9*x[80:], y[80:])
+    assert a.l2 == b.l2 and a.tried == b.tried
+
+
+def test_features_from_inference_mode_dead_channels_and_single_precision():
+    with torch.inference_mode(): x, y = clouds()
+    x = torch.cat([x, torch.full((len(x), 1), 7.)], 1)
+    double = linear_probe(x[:80], y[:80], x[80:], y[80:], l2=.1)
+    single = linear_probe(x[:80], y[:80], x[80:], y[80:], l2=.1, dtype=torch.float32)
+    assert double.classifier.weight[:, -1].abs().max() < 1e-6
+    assert_close(single.classifier.weight.double(), double.classifier.weight, atol=1e-3, rtol=0)
+
+
+def test_a_class_that_training_never_saw_is_never_right():
+    x, y = clouds()
+    assert linear_probe(x, y, x[:3], torch.tensor([3, 3, 3]), l2=.1).accuracy == 0
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda x, y: (x[:, 0], y, x, y), r'the training set needs summaries \(n, C\) and classes \(n,\), not \(120,\) and \(120,\)'),
+    (lambda x, y: (x, y, x, y[:5]), 'the test set needs summaries'),
+    (lambda x, y: (x/0, y, x, y), 'the summaries of the training set are not all finite'),
+    (lambda x, y: (x, 0*y, x, y), 'a probe needs five training images or more, of two classes or more'),
+    (lambda x, y: (x, y - 1, x, y), 'classes are numbered from 0'),
+    (lambda x, y: (x, y, x[:, :2], y), 'the training set has summaries of 6 channels and the test set of 2'),
+    (lambda x, y: (x, y, x[:0], y[:0]), 'the test set is empty'),
+])
+def test_sets_that_do_not_fit_are_refused(change, message):
+    with pytest.raises(BadInput, match=message): linear_probe(*change(*clouds()))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 6), st.integers(0, 999), st.booleans())
+def test_mean_iou_is_that_of_torchmetrics(classes, seed, inside):
+    "Also where void has the number behind the last class, as in CamVid."
+    random = torch.Generator().manual_seed(seed)
+    ignore = classes if inside else 255
+    truth, said = (torch.randint(classes, (3, 5, 7), generator=random) for _ in range(2))
+    truth[torch.rand(truth.shape, generator=random) < .3] = ignore
+    table = sum(confusion(s, t, classes, ignore) for s, t in zip(said, truth))
+    if classes > 1:
+        metric = MulticlassJaccardIndex(classes, average=None, ignore_index=ignore)
+        # a class that is nowhere is 0 there and nan here
+        assert_close(iou_by_class(table).nan_to_num(0).float(), metric(said, truth), atol=1e-6, rtol=0)
+    assert table.sum() == (truth != ignore).sum()
+    assert mean_iou(confusion(truth.clamp_max(classes - 1), truth, classes, ignore)) == 1
+
+
+def grids(n=24, classes=3, seed=0):
+    "Grids whose first channels say what lies there, with noise."
+    random = torch.Generator().manual_seed(seed)
+    where = torch.randint(classes, (n, 3, 4), generator=random)
+    x = torch.eye(classes)[where] + .3*torch.randn(n, 3, 4, classes, generator=random)
+    masks = where.repeat_interleave(8, 1).repeat_interleave(8, 2).to(torch.uint8)
+    return x, masks
+
+
+def test_what_is_there_is_found_and_the_seed_decides_only_the_order_of_images():
+    train, test = grids(), grids(seed=1)
+    torch.manual_seed(5)
+    probes = [segmentation_probe(train, test, 3, epochs=30, lr=3e-2, seed=seed) for seed in (0, 0, 1)]
+    assert probes[0].miou > .6
+    assert_close(probes[0].confusion, probes[1].confusion, atol=0, rtol=0)
+    assert_close(probes[0].miou, probes[2].miou, atol=.03, rtol=0)
+    after = torch.rand(1)
+    torch.manual_seed(5)
+    assert_close(after, torch.rand(1), atol=0, rtol=0)
+
+
+def test_void_teaches_nothing():
+    "A mask of nothing but void moves no weight and does no harm to the others."
+    (x, masks), test = grids(), grids(seed=1)
+    masks[:, :8] = 255
+    masks[0] = 255
+    first = segmentation_probe((x, masks), test, 3, epochs=3)
+    assert first.head[1].weight.isfinite().all() and first.head[1].weight.any()
+    alone = segmentation_probe((x[:1], masks[:1]), test, 3, epochs=2, batch_size=1)
+    assert_close(alone.head[1].weight, torch.zeros(3, 3, 1, 1), atol=0, rtol=0)
+
+
+def test_logits_are_resized_and_not_classes():
+    "Halfway between two places the border is where the logits cross, not at the edge of a place."
+    head = torch.nn.Conv2d(1, 2, 1)
+    head.weight.data, head.bias.data = torch.tensor([1., -1]).reshape(2, 1, 1, 1), torch.zeros(2)
+    classes = segment(head, torch.tensor([3., -1]).reshape(1, 1, 2, 1), (1, 16)).argmax(1)[0, 0]
+    assert 8 < (classes == 0).sum() <= 11
+
+
+def test_half_precision_where_it_is_enough():
+    masks = torch.zeros(2, 4, 4, dtype=torch.uint8)
+    def spatial(images): return images[:, :, :2, :2].movedim(1, -1)
+    assert cached_grids(spatial, [(torch.ones(2, 3, 4, 4), masks)])[0].dtype == torch.float16
+    mixed, _ = cached_grids(spatial, [(torch.ones(2, 3, 4, 4), masks), (torch.full((2, 3, 4, 4), 1e5), masks)])
+    assert mixed.dtype == torch.float32 and mixed.max() == 1e5
+    with pytest.raises(BadInput, match='there are no labelled images'): cached_grids(spatial, [])
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda x, m: ((x, m[:3]), (x, m)), 'the training set needs grids'),
+    (lambda x, m: ((x, m), (x[0], m)), 'the test set needs grids'),
+    (lambda x, m: ((x, m + 1), (x, m)), 'the masks of the training set have class 3, but there are 3 classes and 255 is ignored'),
+    (lambda x, m: ((x, m), (x[..., :2], m)), 'the training set has grids of 3 channels and the test set of 2'),
+    (lambda x, m: ((x, m), (x[:0], m[:0])), 'the test set is empty'),
+])
+def test_grids_that_do_not_fit_are_refused(change, message):
+    with pytest.raises(BadInput, match=message): segmentation_probe(*change(*grids()), 3)
+
+
+def png(array, mode='L'):
+    out = io.BytesIO()
+    Image.fromarray(array).convert(mode).save(out, 'PNG')
+    return {'bytes': out.getvalue(), 'path': None}
+
+
+def parquet(path, rows, **columns):
+    columns = columns or {'image': ImageColumn(), 'mask': ImageColumn()}
+    Dataset.from_list(rows, features=Features(columns)).to_parquet(path)
+    return path
+
+
+ramp = np.arange(48*80, dtype=np.uint8).reshape(48, 80) % 5
+
+
+def test_masks_keep_their_numbers_and_images_their_place(tmp_path):
+    "Sides are rounded to multiples of 32; every second pixel of a mask is one of its numbers; palettes are numbers."
+    left = np.zeros((48, 80), np.uint8)
+    left[:, :40] = 255
+    image, mask = png(left, 'RGB'), (left > 0)*np.uint8(4)
+    file = parquet(tmp_path/'a.parquet', [{'image': image, 'mask': png(mask, mode)} for mode in ('L', 'P', 'L')])
+    batches = list(segmentation_images(file, batch_size=2))
+    assert [len(images) for images, _ in batches] == [2, 1]
+    images, masks = batches[0]
+    assert images.shape == (2, 3, 64, 96) and masks.shape == (2, 64, 96) and masks.dtype == torch.uint8   # 48 lies halfway
+    assert_close(images.max(), torch.tensor(1.)) and set(masks[0].unique().tolist()) == {0, 4}
+    assert ((images[0, 0] > .5) == (masks[0] == 4)).float().mean() > .98
+    assert next(segmentation_images(file, 32))[0].shape == (3, 3, 32, 32)
+
+
+def test_columns_without_metadata_are_pictures_too(tmp_path):
+    "Parquet that another program wrote has structs of bytes and path."
+    picture = {'bytes': Value('binary'), 'path': Value('string')}
+    file = parquet(tmp_path/'a.parquet', [{'image': png(ramp, 'RGB'), 'mask': png(ramp)}], image=picture, mask=picture)
+    assert next(segmentation_images(tmp_path, 32))[1].max() == 4 and file.exists()
+
+
+@pytest.mark.parametrize('row, message', [
+    ({'image': png(ramp, 'RGB'), 'mask': png(ramp, 'RGB')}, 'the mask in row 0 of .* has the mode RGB: a mask is an 8-bit picture'),
+    ({'image': png(ramp, 'RGB'), 'mask': None}, 'the mask in row 0 of .* is missing'),
+    ({'image': png(ramp, 'RGB'), 'mask': {'bytes': b'no picture', 'path': None}}, 'the mask in row 0 of .* cannot be read'),
+    ({'image': {'bytes': b'no picture', 'path': None}, 'mask': png(ramp)}, 'the image in row 0 of .* cannot be identified as an image'),
+    ({'image': png(ramp, 'RGB'), 'mask': png(ramp.T.copy())}, 'the mask in row 0 of .* is 48 × 80 pixels and its image 80 × 48'),
+])
+def test_rows_that_cannot_be_used_are_named(tmp_path, row, message):
+    with pytest.raises(BadInput, match=message): next(segmentation_images(parquet(tmp_path/'a.parquet', [row]), 32))
+
+
+def test_sources_that_are_none_are_refused(tmp_path):
+    with pytest.raises(BadInput, match='no Parquet file at'): next(segmentation_images(tmp_path))
+    (tmp_path/'broken.parquet').write_bytes(b'PAR1 not')
+    with pytest.raises(BadInput, match='could not be loaded'): next(segmentation_images(tmp_path/'broken.parquet'))
+    file = parquet(tmp_path/'a.parquet', [{'image': png(ramp, 'RGB'), 'mask': png(ramp)}])
+    with pytest.raises(BadInput, match='both sides of the images must be multiples of 32, not 40 × 64'):
+        next(segmentation_images(file, (40, 64)))
