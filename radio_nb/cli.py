@@ -10,7 +10,7 @@ __all__ = ['DEMO', 'header', 'explanation', 'readable', 'judge', 'students', 'ju
            'show_evaluation', 'comparison_table', 'write_comparison', 'compare_command', 'teacher_row',
            'teachers_command', 'main']
 
-# %% ../nbs/17_cli.ipynb #7a86af2c
+# %% ../nbs/17_cli.ipynb #a65e84ae
 import json
 import os
 import sys
@@ -64,12 +64,12 @@ from .teachers import TEACHERS, Teacher, load_teacher, parse_spec
 from .train import Prepared, distill, new_student, prepare, shrink
 from .zoo import zoo_model
 
-# %% ../nbs/17_cli.ipynb #75d0e3c4
+# %% ../nbs/17_cli.ipynb #8883367d
 DEMO = Recipe(images='zoo:photos', out='runs/demo', stem='zoo:efficientnet-lite0', depth=6,
               teachers=('zoo:efficientnet-lite0#160', 'zoo:efficientnet-lite2#160', 'zoo:u2netp#128'),
               size=160, head_width=512, steps=240, batch_size=8, statistics_steps=16, hold_out=8)
 
-# %% ../nbs/17_cli.ipynb #3e61eaaa
+# %% ../nbs/17_cli.ipynb #88d80372
 def readable(
     images:Dataset,
     skipped:dict[str, str], # gets the others, with the reason
@@ -85,7 +85,7 @@ def readable(
         raise BadInput(f'none of {len(images)} images can be read; the first: {path} {reason}')
     return images.select(good)
 
-# %% ../nbs/17_cli.ipynb #12372467
+# %% ../nbs/17_cli.ipynb #be480282
 def judge(
     students:dict,       # by name, from images in [0, 1] to features by teacher
     ready:Prepared,
@@ -105,7 +105,7 @@ def judge(
     def at_its_size(student): return lambda images: student(shrink(images, size))
     return teacher_match({who: at_its_size(student) for who, student in students.items()}, ready.teachers, batches())
 
-# %% ../nbs/17_cli.ipynb #4d58652e
+# %% ../nbs/17_cli.ipynb #321ad603
 def students(recipe:Recipe, ready:Prepared, out:Path)->dict:
     "The trained student and the two that it is compared with."
     trained = Student.from_pretrained(out).to(ready.device)
@@ -114,7 +114,7 @@ def students(recipe:Recipe, ready:Prepared, out:Path)->dict:
     return {'student': trained, 'untrained': fold_heads(untrained, normalizers),
             'constant': Constant(statistics_file(out), list(ready.teachers))}
 
-# %% ../nbs/17_cli.ipynb #c338b7cb
+# %% ../nbs/17_cli.ipynb #8dd2c58d
 def judge_run(
     recipe:Recipe,
     ready:Prepared,        # what the recipe names
@@ -132,7 +132,7 @@ def judge_run(
     (out/'match.json').write_text(json.dumps(match, indent=2))
     return match
 
-# %% ../nbs/17_cli.ipynb #1bf1dd7d
+# %% ../nbs/17_cli.ipynb #89678f1b
 header = ['teacher', 'judged on', 'explained', 'untrained', 'constant', 'grid cos', 'summary cos']
 
 def table_rows(
@@ -146,7 +146,7 @@ def table_rows(
             rows.append([name, what, student['explained'], *others, student['cosine'], student['summary_cosine']])
     return rows
 
-# %% ../nbs/17_cli.ipynb #1df189a9
+# %% ../nbs/17_cli.ipynb #8f6f62b4
 def text_table(
     header:list[str],
     rows:list[list],
@@ -159,7 +159,7 @@ def text_table(
     lines = ['  '.join(c.ljust(w) if l else c.rjust(w) for c, w, l in zip(row, widths, left)) for row in cells]
     return '\n'.join([lines[0], '-'*len(lines[0]), *lines[1:]])
 
-# %% ../nbs/17_cli.ipynb #6c260551
+# %% ../nbs/17_cli.ipynb #67c6612c
 def feature_maps(student, ready:Prepared, images:Dataset, n:int=6):
     "A sheet: one column for each image; its picture, then for every teacher a row of the teacher's map and one of the student's."
     crops = Crops(images, ready.crop_size(), crop=centre_crop, shuffle=False)
@@ -172,7 +172,7 @@ def feature_maps(student, ready:Prepared, images:Dataset, n:int=6):
         rows += [[tile(colours(grid)) for grid in spatial], [tile(colours(grid)) for grid in answers[name].spatial]]
     return sheet(rows)
 
-# %% ../nbs/17_cli.ipynb #ceab2813
+# %% ../nbs/17_cli.ipynb #4f750133
 def in_words(
     match:dict,   # from `judge_run`
     n_train:str,  # how many images there were to learn from
@@ -189,7 +189,7 @@ def in_words(
         text += 'The gap between the two says that it has learned these images more than their world: it needs more of them.'
     return text
 
-# %% ../nbs/17_cli.ipynb #21abe5d2
+# %% ../nbs/17_cli.ipynb #3a305838
 def information_blocks(curves:dict, lines:list[dict])->list[str]:
     "Sections of the report on rate–distortion modules and the bottleneck; `curves` is a run's `information.json`."
     points = [(name, curve['width'], p) for name, curve in curves.items() for p in curve['points']]
@@ -205,7 +205,7 @@ def information_blocks(curves:dict, lines:list[dict])->list[str]:
     if 'bits' in lines[0]: blocks += ["<h2>Bits of the student's vectors</h2>", html_figure(plain_curve(lines, 'bits', 'bits of a vector'))]
     return blocks
 
-# %% ../nbs/17_cli.ipynb #b24759ce
+# %% ../nbs/17_cli.ipynb #371072c0
 def score_blocks(scores:list[Score])->list[str]:
     "The table of scores, and what its marks mean."
     note = '<p>3 of 10 behind a value says that the work was stopped, and the value is that of 3 images.</p>'
@@ -225,7 +225,7 @@ def refresh_report(out:Path):
     after = rest.partition('</section>')[2] if mark else '</html>'
     write_whole(report, before.removesuffix('</html>') + evaluation_block(out) + after)
 
-# %% ../nbs/17_cli.ipynb #512ab18c
+# %% ../nbs/17_cli.ipynb #65cea65e
 def watch_blocks(lines:list[dict])->list[str]:
     "Sections of the report on where the time went and how hard each teacher pulled (chapter 09h)."
     spent = {phase: sum(line['seconds'].get(phase, 0) for line in lines) for phase in lines[-1]['seconds']}
@@ -267,7 +267,7 @@ def write_report(recipe:Recipe, ready:Prepared, out:Path, match:dict)->Path:
     (out/'report.html').write_text(page(f'Distillation of {len(ready.teachers)} teachers', blocks), encoding='utf-8')
     return out/'report.html'
 
-# %% ../nbs/17_cli.ipynb #f73ee651
+# %% ../nbs/17_cli.ipynb #038aa734
 def as_flags(values:dict)->list[str]:
     "The fields of a recipe as flags."
     flags = []
@@ -289,7 +289,7 @@ def expand(
         if flag.startswith('--recipe='): before = as_flags(read_recipe(Path(flag[9:])))
     return ['distill', *before, *args[1:]]
 
-# %% ../nbs/17_cli.ipynb #47574e2e
+# %% ../nbs/17_cli.ipynb #a7b1db03
 def distill_command(
     recipe:tyro.conf.OmitArgPrefixes[Recipe],
     preset:tyro.conf.Positional[Literal['demo', '']]='',  # demo: packaged teachers and photographs, offline, in minutes
@@ -311,7 +311,7 @@ def distill_command(
     say_result(recipe, out, match)
     print(f'\nThis took {time.time() - begun:.0f} s. The report is {report}, the student {out/"student.safetensors"}.')
 
-# %% ../nbs/17_cli.ipynb #752ec954
+# %% ../nbs/17_cli.ipynb #6fe3a0cb
 def show_finished(recipe:Recipe, out:Path):
     "Say that a run is finished and show its table; make what is missing after a kill at the very end."
     differs = difference(recipe, Recipe(**read_recipe(out/'recipe.toml')))
@@ -331,7 +331,7 @@ def say_result(recipe:Recipe, out:Path, match:dict):
     print(f'\n{len(skipped)} images were skipped; {next(iter(skipped))}: {next(iter(skipped.values()))}')
     if len(skipped) > 1: print(f'All of them are in {out/"skipped.json"} and in the report.')
 
-# %% ../nbs/17_cli.ipynb #9bfdaf39
+# %% ../nbs/17_cli.ipynb #9aa71d2d
 def height_and_width(
     text:str, # '224' or '160x288'
 )->tuple[int, int]:
@@ -341,7 +341,7 @@ def height_and_width(
         raise BadInput(f'size {text!r} is neither a side such as 224 nor height and width such as 160x288')
     return int(words[0]), int(words[-1])
 
-# %% ../nbs/17_cli.ipynb #1ecf44c5
+# %% ../nbs/17_cli.ipynb #4aeccd17
 def other_models(
     run:Run,
     specs:tuple[str, ...], # of any models, see `load_teacher`
@@ -371,7 +371,7 @@ def match_at(run:Run, teachers:dict[str, Teacher], others:dict[str, Teacher], se
     judged = Readable(images, sides(run.size), stopped, 'alignment')
     return match, scores + alignment_suite(others, teachers, judged, run.device, sets.on('images'))
 
-# %% ../nbs/17_cli.ipynb #b28c6c16
+# %% ../nbs/17_cli.ipynb #d37460b2
 def run_suites(
     suites:tuple[str, ...],
     sets:Sets,
@@ -396,7 +396,7 @@ def say_scores(scores:list[Score]):
     header, rows = score_table(scores)
     print(text_table(header, rows, right=tuple(header[1:-1])))
 
-# %% ../nbs/17_cli.ipynb #9fc6cf81
+# %% ../nbs/17_cli.ipynb #3c8bfea8
 def evaluate_command(
     run:tyro.conf.Positional[str],                            # folder of a finished run
     sets:tyro.conf.OmitArgPrefixes[Sets],
@@ -436,7 +436,7 @@ def show_evaluation(out:Path, match:dict, scores:list[Score], skipped:dict[str, 
     files = [str(out/name) for name in ('evaluation.json', 'report.html') if (out/name).exists()]
     if files: print(f'\nAll measures are in {" and ".join(files)}.')
 
-# %% ../nbs/17_cli.ipynb #704909ab
+# %% ../nbs/17_cli.ipynb #8cbec237
 def comparison_table(compared:Comparison)->tuple[list[str], list[list[str]]]:
     "Header and rows; the average ranks come last."
     methods = list(dict.fromkeys(who for cells in compared.table.values() for who in cells))
@@ -469,7 +469,7 @@ def compare_command(
     for what in compared.partial: print(f'left out: {what}, which is of a part of the images')
     if out: write_comparison(compared, out)
 
-# %% ../nbs/17_cli.ipynb #3b052e9a
+# %% ../nbs/17_cli.ipynb #80f68169
 def teacher_row(spec:str)->list[str]:
     "A line of the list of teachers."
     parsed, listed = parse_spec(spec), TEACHERS[spec]
@@ -492,13 +492,13 @@ def _installed(zoo):
     try: return zoo.file().exists()
     except BadInput: return False
 
-# %% ../nbs/17_cli.ipynb #dcb113d1
+# %% ../nbs/17_cli.ipynb #0b382537
 def teachers_command():
     "List teachers: width, image size, aim, licence, and whether the weights are on this machine."
     print(text_table(['teacher', 'width', 'size', 'aim', 'licence', 'here'], [teacher_row(spec) for spec in TEACHERS]))
     print("\nAny other timm:NAME or open_clip:NAME/TAG works too; NAME@FILE takes weights from a file, NAME@random none.")
 
-# %% ../nbs/17_cli.ipynb #eef1e8bd
+# %% ../nbs/17_cli.ipynb #3ad51e84
 def main(args:list[str]|None=None):
     "The command `radio-nb`."
     args = sys.argv[1:] if args is None else args
