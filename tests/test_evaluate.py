@@ -1,0 +1,374 @@
+"Evaluation as a user meets it: suites, what they leave behind, Ctrl-C, memory; and runs side by side."
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from children import Children, command
+from datasets import Dataset
+from datasets import Features as Columns
+from datasets import Image as ImageColumn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy.stats import rankdata
+from torch.testing import assert_close
+
+from radio_nb import cli, suites
+from radio_nb.data import open_images
+from radio_nb.features import BadInput
+from radio_nb.knn import in_order, knn_accuracy, labelled_images
+from radio_nb.recipe import Recipe, recipe_toml
+from radio_nb.student import Student
+from radio_nb.suites import (
+    Readable,
+    Score,
+    Sets,
+    average_ranks,
+    by_seed,
+    drawn,
+    extract,
+    interleaved,
+    keep_scores,
+    load_scores,
+    own_features,
+    ranks,
+    student_subject,
+    zero_shot_suite,
+)
+from radio_nb.zoo import photographs
+
+quick = settings(max_examples=50, deadline=None)
+
+
+def png(image):
+    file = io.BytesIO()
+    image.save(file, 'PNG')
+    return {'bytes': file.getvalue(), 'path': None}
+
+
+def pieces(n, side=64):
+    "Random pieces of a photograph, a list for each of three."
+    random = np.random.default_rng(0)
+    for path in photographs()[:3]:
+        photo = Image.open(path).convert('RGB')
+        corners = [[int(random.integers(length - side)) for length in photo.size] for _ in range(n)]
+        yield [photo.crop((x, y, x + side, y + side)) for x, y in corners]
+
+
+@pytest.fixture(scope='session')
+def labelled(tmp_path_factory):
+    "Two folders with three classes."
+    folder = tmp_path_factory.mktemp('labelled')
+    for c, images in enumerate(pieces(18)):
+        for i, image in enumerate(images):
+            path = folder/('train' if i < 12 else 'test')/f'class_{c}'/f'{i}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+    return folder
+
+
+@pytest.fixture(scope='session')
+def masks(tmp_path_factory):
+    "Two Parquet files: pieces of two photographs side by side, and which is where."
+    folder, (left, right, _) = tmp_path_factory.mktemp('masks'), list(pieces(12))
+    rows = []
+    for a, b in zip(left, right):
+        image, mask = Image.new('RGB', (64, 64)), Image.new('L', (64, 64))
+        image.paste(a.crop((0, 0, 32, 64)), (0, 0)), image.paste(b.crop((0, 0, 32, 64)), (32, 0)), mask.paste(1, (32, 0, 64, 64))
+        rows.append({'image': png(image), 'mask': png(mask)})
+    for name, part in {'train': rows[:8], 'test': rows[8:]}.items():
+        Dataset.from_list(part, Columns({'image': ImageColumn(), 'mask': ImageColumn()})).to_parquet(folder/f'{name}.parquet')
+    return folder
+
+
+@pytest.fixture
+def mine(run, tmp_path):
+    "A copy of the finished run."
+    return Path(shutil.copytree(run[0], tmp_path/'mine', ignore=shutil.ignore_patterns('checkpoints')))
+
+
+@pytest.fixture
+def refused(capsys):
+    "Run the command in this process, where it must refuse: the one line that it prints, behind lines of progress."
+    def command(*args):
+        with pytest.raises(SystemExit) as exit: cli.main(list(map(str, args)))
+        assert exit.value.code == 2
+        *progress, error = capsys.readouterr().err.strip().splitlines()
+        assert all(' left ' in line for line in progress) and error.startswith('radio-nb: ')
+        return error
+    return command
+
+
+def evaluate(out, *args): cli.main(['evaluate', *map(str, [out, *args])])
+def found(out): return {(score.subject, score.measure): score for score in load_scores(out)}
+
+
+def test_all_suites_beside_teachers_and_others(mine, labelled, masks, capsys):
+    evaluate(mine, '--suite', 'match', 'knn', 'linear', 'segmentation', '--images', 'zoo:photos', '--limit', 12, '--k', 5,
+             '--train', labelled/'train', '--test', labelled/'test', '--masks', masks/'train.parquet', '--test-masks', masks/'test.parquet',
+             '--teachers-too', '--also', 'timm:test_vit@random#64')
+    scores, printed = found(mine), capsys.readouterr().out
+    for subject in ('student', 'u2netp', 'test_vit'):
+        for measure in ('knn', 'linear', 'segmentation mIoU'): assert 0 <= scores[subject, measure].value <= 1
+    assert {measure for who, measure in scores if who == 'student'} == {
+        'explained, u2netp', 'mse, u2netp', 'cosine, u2netp', 'summary cosine, u2netp', 'error range, u2netp',
+        'error range, normalized, u2netp', 'cka, u2netp', 'rankme, u2netp', 'knn', 'linear', 'segmentation mIoU'}
+    assert ('test_vit', 'cka, u2netp') in scores and ('u2netp', 'cka, u2netp') not in scores and ('u2netp', 'rankme, u2netp') in scores
+    assert scores['student', 'knn'].of == 24 and scores['student', 'knn'].on.endswith('12 each, k = 5')
+    assert all(score.n == score.of for score in scores.values())
+    assert 'segmentation mIoU' in printed and 'test_vit' in printed
+    page = (mine/'report.html').read_text()
+    assert page.count('<section id=evaluation>') == 1 == page.count('<h2>Evaluation</h2>') and 'segmentation mIoU' in page
+
+
+def test_the_vote_is_that_of_chapter_12(mine, labelled):
+    evaluate(mine, '--suite', 'knn', '--train', labelled/'train', '--test', labelled/'test', '--k', 3)
+    see = own_features(Student.from_pretrained(mine))
+    with torch.no_grad():
+        (x, y), (q, truth) = ((torch.cat([see(batch).summary for batch in in_order(images, 64)]), labels)
+                              for images, labels, _ in (labelled_images(str(labelled/name)) for name in ('train', 'test')))
+    assert_close(found(mine)['student', 'knn'].value, knn_accuracy(x, y, q, truth, 3))
+
+
+def test_again_replaces_and_others_stay(mine, labelled):
+    flags = ['--suite', 'knn', '--train', labelled/'train', '--test', labelled/'test']
+    for k in (3, 3, 4): evaluate(mine, *flags, '--k', k)
+    assert [score.on[-5:] for score in load_scores(mine)] == ['k = 3', 'k = 4']
+    assert (mine/'report.html').read_text().count('<h2>Evaluation</h2>') == 1
+    assert (mine/'report.html').read_text().endswith('</html>')
+    (mine/'report.html').unlink()
+    evaluate(mine, *flags, '--k', 3)   # nothing to bring up to date
+    assert not (mine/'report.html').exists()
+
+
+def test_a_report_from_before_gets_its_section(mine, labelled):
+    page = (mine/'report.html').read_text()
+    (mine/'report.html').write_text(page.replace('<section id=evaluation></section>', ''))
+    evaluate(mine, '--suite', 'knn', '--train', labelled/'train', '--test', labelled/'test', '--k', 3)
+    assert (mine/'report.html').read_text().endswith('</section></html>')
+
+
+def test_the_training_images_are_not_needed(mine, labelled):
+    recipe = (mine/'recipe.toml').read_text()
+    (mine/'recipe.toml').write_text(recipe.replace('"zoo:photos"', '"/moved/away"'))
+    evaluate(mine, '--images', labelled/'test')
+    assert {who for who, _ in found(mine)} == {'student', 'constant', 'u2netp'}
+
+
+def test_sizes(mine, labelled, capsys):
+    evaluate(mine, '--images', labelled/'test', '--sizes', 64, '32x64')
+    printed = capsys.readouterr().out
+    assert 'at 64 × 64' in printed and 'at 32 × 64' in printed
+    assert {score.on.rpartition(' at ')[2] for score in load_scores(mine)} == {'64 × 64', '32 × 64'}
+
+
+def test_what_is_missing_is_named_by_its_flag(mine, refused, labelled, masks):
+    assert 'suite knn: say which labelled images to learn from: --train FOLDER' in refused('evaluate', mine, '--suite', 'knn')
+    assert '--test FOLDER' in refused('evaluate', mine, '--suite', 'linear', '--train', labelled)
+    assert '--masks FILE' in refused('evaluate', mine, '--suite', 'segmentation')
+    assert '--test-masks FILE' in refused('evaluate', mine, '--suite', 'segmentation', '--masks', masks/'train.parquet')
+    assert 'no teacher of this run matches images and texts' in refused('evaluate', mine, '--suite', 'zero-shot', '--test', labelled/'test')
+    sets = ['--suite', 'knn', '--train', labelled/'train', '--test', labelled/'test']
+    assert '--k is 50, but must be from 1 to 36' in refused('evaluate', mine, *sets, '--k', 50)
+    assert 'did you mean' in refused('evaluate', mine, *sets, '--also', 'timm:resnet81')
+    assert 'has no labels' in refused('evaluate', mine, '--suite', 'knn', '--train', labelled/'train'/'class_0', '--test', labelled/'test')
+    assert 'without stream:' in refused('evaluate', mine, '--images', f'stream:{labelled}/test')
+    assert '--limit is -1' in refused('evaluate', mine, *sets, '--limit', -1)
+    assert not (mine/'evaluation.json').exists()
+    (mine/'evaluation.json').write_text('{')
+    assert 'evaluation.json is damaged' in refused('evaluate', mine, *sets, '--k', 3)
+
+
+def test_images_that_cannot_be_read_do_not_count(tmp_path, refused, mine):
+    for i in range(3): Image.new('RGB', (40, 40), (i*80, 0, 0)).save(tmp_path/f'{i}.png')
+    (tmp_path/'bad.png').write_text('no image')
+    judged = Readable(open_images(str(tmp_path)), (32, 32))
+    assert [len(batch) for batch in judged] == [3] and (judged.n, judged.of) == (3, 3)
+    assert list(judged.skipped) == [str(tmp_path/'bad.png')]
+    (tmp_path/'all').mkdir()
+    (tmp_path/'bad.png').rename(tmp_path/'all'/'bad.png')
+    assert 'none of 1 images can be read; the first: ' in refused('evaluate', mine, '--images', tmp_path/'all')
+
+
+def interrupt(at, what, *args):
+    "The command, sent SIGINT by the step `at` of the work called `what`."
+    def say(self, step, note='', before=suites.Progress.__call__):
+        before(self, step, note)
+        if self.what.startswith(what) and step == at: os.kill(os.getpid(), signal.SIGINT)
+    suites.Progress.__call__ = say
+    suites.BATCH = 4
+    command(*args)
+
+
+@pytest.mark.parametrize('at, what, partial', [(6, 'summaries of student', {'knn': 24, 'linear': 24}), (1, 'summaries of student', {}),
+                                               (5, 'zoo:photos', {'explained, u2netp': 5}), (14, 'summaries of u2netp', None)])
+def test_ctrl_c_leaves_what_is_known(mine, labelled, tmp_path, at, what, partial):
+    child = Children(1, tmp_path/'log', interrupt, at, what, 'evaluate', mine, '--suite', 'match', 'knn', 'linear', '--teachers-too',
+                     '--images', 'zoo:photos', '--train', labelled/'train', '--test', labelled/'test')
+    child.wait(130)
+    scores, said = found(mine), child.said()
+    assert 'Traceback' not in said and 'stopped; what was found until then is in' in said
+    if partial is None:   # in the last batch: all of it is known
+        assert all(score.n == score.of for score in scores.values()) and ('u2netp', 'linear') in scores
+        return
+    cut = {measure: score.n for (who, measure), score in scores.items() if who == 'student' and score.n < score.of}
+    assert partial.items() <= cut.items()
+    assert all(who == 'student' for who, measure in scores if measure in ('knn', 'linear'))   # nothing was begun afterwards
+    for n in partial.values(): assert f'({n} of ' in said and f'({n} of ' in (mine/'report.html').read_text()
+
+
+def weigh(*args):
+    "The command, and then the largest memory that its process had, in MB."
+    command(*args)
+    print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024)
+
+
+def test_memory_does_not_grow_with_the_images(mine, labelled, tmp_path):
+    "Summaries are kept, images are not: 1600 more images of 64 × 64 would be 79 MB as numbers."
+    peaks = []
+    for n in (400, 2000):
+        folder = tmp_path/f'{n}'
+        for c in range(2):
+            (folder/f'{c}').mkdir(parents=True)
+            first = shutil.copy(labelled/'train'/f'class_{c}'/'0.png', folder/f'{c}'/'0.png')
+            for i in range(1, n//4): os.link(first, folder/f'{c}'/f'{i}.png')
+        child = Children(1, tmp_path/f'log{n}', weigh, 'evaluate', mine, '--suite', 'knn', '--train', folder, '--test', folder)
+        child.wait(seconds=300)
+        peaks.append(float(child.said().rpartition('peak ')[2]))
+    assert peaks[1] < 1.05*peaks[0], peaks
+
+
+@quick
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=4))
+def test_sets_are_equally_far_along(counts):
+    order = interleaved(*counts)
+    assert [order.count(which) for which in range(len(counts))] == counts
+    for end in range(len(order) + 1):
+        shares = [order[:end].count(which)/n for which, n in enumerate(counts)]
+        assert max(shares) - min(shares) <= 1/min(counts) + 1e-9
+
+
+def test_nothing_is_said_of_a_set_that_was_not_seen():
+    streams = [((torch.ones(1, 1), torch.ones(1)) for _ in range(3)) for _ in range(2)]
+    left = iter([False, True])
+    assert extract(lambda x: x, streams, [3, 3], lambda: next(left)) is None
+
+
+def test_a_limit_takes_the_beginning_of_one_order(labelled):
+    images, labels, _ = labelled_images(str(labelled/'train'))
+    (few, few_y), (more, more_y) = drawn(images, labels, 6), drawn(images, labels, 20)
+    assert [row['image'] for row in few] == [row['image'] for row in more][:6] and few_y.tolist() == more_y.tolist()[:6]
+    assert len(set(few_y.tolist())) > 1 and len(drawn(images)[0]) == 36
+    assert all(f'class_{y}' in row['image']['path'] for y, row in zip(more_y, more))
+
+
+@pytest.mark.parametrize('backbone, summaries, width', [('test_vit', 3, 3*64), ('test_vit', 0, 64), ('convnext_atto', 2, 320)])
+def test_the_summary_of_a_student(backbone, summaries, width):
+    student = Student(backbone, {f't{i}': (4*(i < summaries), 6) for i in range(3)}).eval()
+    with torch.no_grad(): summary, spatial = own_features(student)(torch.rand(2, 3, 64, 64))
+    assert summary.shape == (2, width)
+    if not summaries: assert_close(summary, spatial.mean((1, 2)))
+
+
+def test_zero_shot_asks_the_head_of_a_clip_model(labelled):
+    torch.manual_seed(0)
+    spec = 'open_clip:ViT-B-32@random'
+    student = Student('test_vit', {'clip': (5, 6), 'mute': (0, 6), 'other': (5, 6)}).eval()
+    subject = student_subject(student, (64, 64), {'clip': spec, 'mute': 'open_clip:ViT-B-16@random', 'other': 'zoo:u2netp'})
+    assert list(subject.texts) == [spec]
+    images, labels, _ = labelled_images(str(labelled/'test'))
+    with torch.no_grad(): said = torch.cat([student(batch)['clip'].summary for batch in in_order(images, 64)])
+    directions = torch.stack([said[labels == c].mean(0) for c in range(3)])   # each class by its own mean
+    score, = zero_shot_suite(subject, Sets(test=str(labelled/'test')), {spec: directions})
+    wanted = (torch.cosine_similarity(said[:, None], directions, dim=-1).argmax(1) == labels).double().mean().item()
+    assert (score.measure, score.n) == ('zero-shot top1, ViT-B-32', 18)
+    assert_close(score.value, wanted)
+    assert zero_shot_suite(subject._replace(texts={}), Sets(test=str(labelled/'test')), {spec: directions}) == []
+
+
+def test_zero_shot_needs_names(tmp_path):
+    for c in range(2):
+        (tmp_path/f'{c}').mkdir()
+        Image.new('RGB', (32, 32)).save(tmp_path/f'{c}'/'a.png')
+    with pytest.raises(BadInput, match='its classes are numbers, and zero-shot needs their names'): suites.class_names(str(tmp_path))
+    for c in range(2): (tmp_path/f'{c}').rename(tmp_path/f'great_auk_{c}')
+    assert suites.class_names(str(tmp_path)) == ['great auk 0', 'great auk 1']
+
+
+@quick
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=8), st.booleans())
+def test_ranks_are_those_of_scipy(values, lower):
+    own = ranks({str(i): float(value) for i, value in enumerate(values)}, lower)
+    assert list(own.values()) == rankdata(np.array(values)*(1 if lower else -1)).tolist()
+    assert sum(own.values()) == len(values)*(len(values) + 1)/2
+
+
+def test_measures_that_some_lack_are_not_ranked():
+    table = {'knn': {'a': .5, 'b': .6}, 'linear': {'a': .9}}
+    assert average_ranks(table) == {'a': 2., 'b': 1.}
+    assert average_ranks({'knn': {'a': 1.}, 'linear': {'b': 1.}}) == {}
+
+
+BASE = Recipe(images='photos', teachers=('zoo:u2netp',), out='')
+
+
+def test_runs_that_differ_in_more_than_the_seed_stay_apart():
+    runs = {'a': BASE, 'b': replace(BASE, seed=1, out='elsewhere'), 'c': replace(BASE, seed=2, lr=.1), 'd': replace(BASE, lr=.1)}
+    assert by_seed(runs) == [['a', 'b'], ['c', 'd']]
+
+
+def evaluated(folder, recipe, **values):
+    "A run folder with these scores, by hand; a value and how many of 400 images it is of."
+    folder.mkdir(parents=True)
+    (folder/'recipe.toml').write_text(recipe_toml(recipe))
+    suite = {'knn': 'knn', 'linear': 'linear', 'mse': 'match'}
+    keep_scores(folder, [Score('student', {'mse': 'mse, clip'}.get(name, name), *(value if isinstance(value, tuple) else (value, 400)), 400,
+                               suite[name], 'pets') for name, value in values.items()])
+    keep_scores(folder, [Score('clip', 'knn', .99, 400, 400, 'knn', 'pets')])
+    return folder
+
+
+def test_compare(tmp_path, capsys, monkeypatch):
+    """By hand. knn: b .8 is first, a (.6 + .8)/2 = .7 and c .7 share 2.5. linear: a .5, b .4, c .3. mse, less is better: c .1, a .2, b .3.
+    Averages: a (2.5 + 1 + 2)/3 = 1.83, b (1 + 2 + 3)/3 = 2, c (2.5 + 3 + 1)/3 = 2.17."""
+    monkeypatch.chdir(tmp_path)
+    runs = [evaluated(Path('a-0'), BASE, knn=.625, linear=.5, mse=.25),
+            evaluated(Path('a-1'), replace(BASE, seed=1), knn=.875, linear=.5, mse=.25),
+            evaluated(Path('b'), replace(BASE, method='pca'), knn=.875, linear=.4, mse=.3),
+            evaluated(Path('c'), replace(BASE, method='zca'), knn=.75, linear=.3, mse=.1)]
+    cli.main(['compare', *map(str, runs), '--out', 'all.json'])
+    lines = {line.split('  ')[0]: line.split()[-5:] for line in capsys.readouterr().out.splitlines()}
+    assert lines['knn on pets'] == ['0.750', '±', '0.177', '0.875', '0.750']
+    assert lines['average rank'][-3:] == ['1.83', '2.00', '2.17'] and lines['average rank, knn'][-3:] == ['2.50', '1.00', '2.50']
+    written = json.loads(Path('all.json').read_text())
+    assert written['table']['knn on pets']['a (2 seeds)'] == {'mean': .75, 'std': pytest.approx(.125*2**.5), 'n': 2}
+    assert_close(written['average ranks']['all'], {'a (2 seeds)': 5.5/3, 'b': 2., 'c': 6.5/3})
+    cli.main(['compare', 'b', 'c', '--out', 'all.html'])
+    assert '0.875' in Path('all.html').read_text()
+    assert {p.name for p in Path().iterdir()} == {'a-0', 'a-1', 'b', 'c', 'all.json', 'all.html'}
+
+
+def test_partial_scores_are_not_compared(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    evaluated(Path('a'), BASE, knn=(.9, 100), linear=.5), evaluated(Path('b'), replace(BASE, lr=.1), knn=.8, linear=.6)
+    cli.main(['compare', 'a', 'b'])
+    printed = capsys.readouterr().out
+    assert 'left out: knn of a' in printed and '0.900' not in printed
+    assert [line.split()[-2:] for line in printed.splitlines() if line.startswith('average rank')] == [['2.00', '1.00']]*2
+
+
+def test_compare_refuses(tmp_path, refused, mine):
+    assert f'{mine} was not evaluated: radio-nb evaluate {mine} --images FOLDER does that' in refused('compare', mine)
+    assert 'holds no run' in refused('compare', tmp_path/'nowhere')
+    assert 'as .json or .html' in refused('compare', evaluated(tmp_path/'a', BASE, knn=.5), '--out', tmp_path/'all.txt')
+    assert 'say which runs' in refused('compare')
+    only = evaluated(tmp_path/'b', BASE, knn=(.5, 3))
+    assert 'there is nothing to compare' in refused('compare', only)
