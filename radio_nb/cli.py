@@ -6,16 +6,16 @@
 __all__ = ['DEMO', 'header', 'explanation', 'readable', 'judge', 'students', 'judge_run', 'table_rows', 'text_table',
            'feature_maps', 'in_words', 'information_blocks', 'score_blocks', 'evaluation_block', 'refresh_report',
            'watch_blocks', 'write_report', 'as_flags', 'expand', 'distill_command', 'show_finished', 'say_result',
-           'height_and_width', 'other_models', 'match_at', 'run_suites', 'say_scores', 'evaluate_command',
+           'height_and_width', 'other_models', 'match_at', 'run_suites', 'say_scores', 'Table', 'evaluate_command',
            'show_evaluation', 'comparison_table', 'write_comparison', 'compare_command', 'teacher_row',
            'teachers_command', 'main']
 
-# %% ../nbs/17_cli.ipynb #a65e84ae
+# %% ../nbs/17_cli.ipynb #ec465c03
 import json
 import os
 import sys
 import time
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -64,12 +64,12 @@ from .teachers import TEACHERS, Teacher, load_teacher, parse_spec
 from .train import Prepared, distill, new_student, prepare, shrink
 from .zoo import zoo_model
 
-# %% ../nbs/17_cli.ipynb #8883367d
+# %% ../nbs/17_cli.ipynb #e71a0228
 DEMO = Recipe(images='zoo:photos', out='runs/demo', stem='zoo:efficientnet-lite0', depth=6,
               teachers=('zoo:efficientnet-lite0#160', 'zoo:efficientnet-lite2#160', 'zoo:u2netp#128'),
               size=160, head_width=512, steps=240, batch_size=8, statistics_steps=16, hold_out=8)
 
-# %% ../nbs/17_cli.ipynb #88d80372
+# %% ../nbs/17_cli.ipynb #23a414a4
 def readable(
     images:Dataset,
     skipped:dict[str, str], # gets the others, with the reason
@@ -85,7 +85,7 @@ def readable(
         raise BadInput(f'none of {len(images)} images can be read; the first: {path} {reason}')
     return images.select(good)
 
-# %% ../nbs/17_cli.ipynb #be480282
+# %% ../nbs/17_cli.ipynb #853f5672
 def judge(
     students:dict,       # by name, from images in [0, 1] to features by teacher
     ready:Prepared,
@@ -105,7 +105,7 @@ def judge(
     def at_its_size(student): return lambda images: student(shrink(images, size))
     return teacher_match({who: at_its_size(student) for who, student in students.items()}, ready.teachers, batches())
 
-# %% ../nbs/17_cli.ipynb #321ad603
+# %% ../nbs/17_cli.ipynb #c375bab6
 def students(recipe:Recipe, ready:Prepared, out:Path)->dict:
     "The trained student and the two that it is compared with."
     trained = Student.from_pretrained(out).to(ready.device)
@@ -114,7 +114,7 @@ def students(recipe:Recipe, ready:Prepared, out:Path)->dict:
     return {'student': trained, 'untrained': fold_heads(untrained, normalizers),
             'constant': Constant(statistics_file(out), list(ready.teachers))}
 
-# %% ../nbs/17_cli.ipynb #8dd2c58d
+# %% ../nbs/17_cli.ipynb #01acd85d
 def judge_run(
     recipe:Recipe,
     ready:Prepared,        # what the recipe names
@@ -132,7 +132,7 @@ def judge_run(
     (out/'match.json').write_text(json.dumps(match, indent=2))
     return match
 
-# %% ../nbs/17_cli.ipynb #89678f1b
+# %% ../nbs/17_cli.ipynb #ab50edd3
 header = ['teacher', 'judged on', 'explained', 'untrained', 'constant', 'grid cos', 'summary cos']
 
 def table_rows(
@@ -146,7 +146,7 @@ def table_rows(
             rows.append([name, what, student['explained'], *others, student['cosine'], student['summary_cosine']])
     return rows
 
-# %% ../nbs/17_cli.ipynb #8f6f62b4
+# %% ../nbs/17_cli.ipynb #11a43988
 def text_table(
     header:list[str],
     rows:list[list],
@@ -159,7 +159,7 @@ def text_table(
     lines = ['  '.join(c.ljust(w) if l else c.rjust(w) for c, w, l in zip(row, widths, left)) for row in cells]
     return '\n'.join([lines[0], '-'*len(lines[0]), *lines[1:]])
 
-# %% ../nbs/17_cli.ipynb #67c6612c
+# %% ../nbs/17_cli.ipynb #4a9795ca
 def feature_maps(student, ready:Prepared, images:Dataset, n:int=6):
     "A sheet: one column for each image; its picture, then for every teacher a row of the teacher's map and one of the student's."
     crops = Crops(images, ready.crop_size(), crop=centre_crop, shuffle=False)
@@ -172,7 +172,7 @@ def feature_maps(student, ready:Prepared, images:Dataset, n:int=6):
         rows += [[tile(colours(grid)) for grid in spatial], [tile(colours(grid)) for grid in answers[name].spatial]]
     return sheet(rows)
 
-# %% ../nbs/17_cli.ipynb #4f750133
+# %% ../nbs/17_cli.ipynb #7f9864c9
 def in_words(
     match:dict,   # from `judge_run`
     n_train:str,  # how many images there were to learn from
@@ -189,7 +189,7 @@ def in_words(
         text += 'The gap between the two says that it has learned these images more than their world: it needs more of them.'
     return text
 
-# %% ../nbs/17_cli.ipynb #3a305838
+# %% ../nbs/17_cli.ipynb #9ae95de8
 def information_blocks(curves:dict, lines:list[dict])->list[str]:
     "Sections of the report on rate–distortion modules and the bottleneck; `curves` is a run's `information.json`."
     points = [(name, curve['width'], p) for name, curve in curves.items() for p in curve['points']]
@@ -205,7 +205,7 @@ def information_blocks(curves:dict, lines:list[dict])->list[str]:
     if 'bits' in lines[0]: blocks += ["<h2>Bits of the student's vectors</h2>", html_figure(plain_curve(lines, 'bits', 'bits of a vector'))]
     return blocks
 
-# %% ../nbs/17_cli.ipynb #371072c0
+# %% ../nbs/17_cli.ipynb #6dd50ab4
 def score_blocks(scores:list[Score])->list[str]:
     "The table of scores, and what its marks mean."
     note = '<p>3 of 10 behind a value says that the work was stopped, and the value is that of 3 images.</p>'
@@ -225,7 +225,7 @@ def refresh_report(out:Path):
     after = rest.partition('</section>')[2] if mark else '</html>'
     write_whole(report, before.removesuffix('</html>') + evaluation_block(out) + after)
 
-# %% ../nbs/17_cli.ipynb #65cea65e
+# %% ../nbs/17_cli.ipynb #7446eb1f
 def watch_blocks(lines:list[dict])->list[str]:
     "Sections of the report on where the time went and how hard each teacher pulled (chapter 09h)."
     spent = {phase: sum(line['seconds'].get(phase, 0) for line in lines) for phase in lines[-1]['seconds']}
@@ -267,7 +267,7 @@ def write_report(recipe:Recipe, ready:Prepared, out:Path, match:dict)->Path:
     (out/'report.html').write_text(page(f'Distillation of {len(ready.teachers)} teachers', blocks), encoding='utf-8')
     return out/'report.html'
 
-# %% ../nbs/17_cli.ipynb #038aa734
+# %% ../nbs/17_cli.ipynb #edc1cece
 def as_flags(values:dict)->list[str]:
     "The fields of a recipe as flags."
     flags = []
@@ -289,7 +289,7 @@ def expand(
         if flag.startswith('--recipe='): before = as_flags(read_recipe(Path(flag[9:])))
     return ['distill', *before, *args[1:]]
 
-# %% ../nbs/17_cli.ipynb #a7b1db03
+# %% ../nbs/17_cli.ipynb #a28af9de
 def distill_command(
     recipe:tyro.conf.OmitArgPrefixes[Recipe],
     preset:tyro.conf.Positional[Literal['demo', '']]='',  # demo: packaged teachers and photographs, offline, in minutes
@@ -311,7 +311,7 @@ def distill_command(
     say_result(recipe, out, match)
     print(f'\nThis took {time.time() - begun:.0f} s. The report is {report}, the student {out/"student.safetensors"}.')
 
-# %% ../nbs/17_cli.ipynb #6fe3a0cb
+# %% ../nbs/17_cli.ipynb #f295da49
 def show_finished(recipe:Recipe, out:Path):
     "Say that a run is finished and show its table; make what is missing after a kill at the very end."
     differs = difference(recipe, Recipe(**read_recipe(out/'recipe.toml')))
@@ -331,7 +331,7 @@ def say_result(recipe:Recipe, out:Path, match:dict):
     print(f'\n{len(skipped)} images were skipped; {next(iter(skipped))}: {next(iter(skipped.values()))}')
     if len(skipped) > 1: print(f'All of them are in {out/"skipped.json"} and in the report.')
 
-# %% ../nbs/17_cli.ipynb #9aa71d2d
+# %% ../nbs/17_cli.ipynb #f09d221e
 def height_and_width(
     text:str, # '224' or '160x288'
 )->tuple[int, int]:
@@ -341,7 +341,7 @@ def height_and_width(
         raise BadInput(f'size {text!r} is neither a side such as 224 nor height and width such as 160x288')
     return int(words[0]), int(words[-1])
 
-# %% ../nbs/17_cli.ipynb #4aeccd17
+# %% ../nbs/17_cli.ipynb #0ac92520
 def other_models(
     run:Run,
     specs:tuple[str, ...], # of any models, see `load_teacher`
@@ -371,7 +371,7 @@ def match_at(run:Run, teachers:dict[str, Teacher], others:dict[str, Teacher], se
     judged = Readable(images, sides(run.size), stopped, 'alignment')
     return match, scores + alignment_suite(others, teachers, judged, run.device, sets.on('images'))
 
-# %% ../nbs/17_cli.ipynb #d37460b2
+# %% ../nbs/17_cli.ipynb #b1644d97
 def run_suites(
     suites:tuple[str, ...],
     sets:Sets,
@@ -392,20 +392,26 @@ def run_suites(
             if not stopped(): yield judge(subject)
 
 def say_scores(scores:list[Score]):
-    "Print a table of scores, with the images once where they are the same in all rows."
+    "Print a table of scores."
     header, rows = score_table(scores)
     print(text_table(header, rows, right=tuple(header[1:-1])))
 
-# %% ../nbs/17_cli.ipynb #3c8bfea8
+# %% ../nbs/17_cli.ipynb #62f877e7
+@dataclass(frozen=True)
+class Table:
+    "By what to judge, and who stands in the table."
+    suite: tuple[Literal[tuple(SUITES)], ...] = ('match',)  # what to judge by, one or several
+    sizes: tuple[str, ...] = ()  # for match: of the student's images, such as 160 224 160x288; none for that of its last stage
+    also: tuple[str, ...] = ()   # other models to stand in the table, such as timm:NAME, with weights as for teachers
+    teachers_too: bool = False   # whether the run's own teachers stand in the table
+
 def evaluate_command(
-    run:tyro.conf.Positional[str],                            # folder of a finished run
+    run:tyro.conf.Positional[str],  # folder of a finished run
+    table:tyro.conf.OmitArgPrefixes[Table],
     sets:tyro.conf.OmitArgPrefixes[Sets],
-    suite:tuple[Literal[tuple(SUITES)], ...]=('match',),      # what to judge by
-    sizes:tuple[str, ...]=(),  # for match: of the student's images, such as 160 224 160x288; that of its last stage without
-    also:tuple[str, ...]=(),   # specs of other models to stand in the table, such as timm:NAME, with weights as for teachers
-    teachers_too:bool=False,   # whether the run's own teachers stand in the table
 ):
     "Judge the student of a run on images of your own, alone or beside its teachers and other models."
+    suite, sizes, also, teachers_too = table.suite, table.sizes, table.also, table.teachers_too
     check_sets(suite, sets)
     judged, wanted, skipped, scores, match = open_run(run), [height_and_width(size) for size in sizes], {}, [], {}
     load_scores(judged.out)   # if they are damaged, now is the time to say so
@@ -436,7 +442,7 @@ def show_evaluation(out:Path, match:dict, scores:list[Score], skipped:dict[str, 
     files = [str(out/name) for name in ('evaluation.json', 'report.html') if (out/name).exists()]
     if files: print(f'\nAll measures are in {" and ".join(files)}.')
 
-# %% ../nbs/17_cli.ipynb #8cbec237
+# %% ../nbs/17_cli.ipynb #e12cd559
 def comparison_table(compared:Comparison)->tuple[list[str], list[list[str]]]:
     "Header and rows; the average ranks come last."
     methods = list(dict.fromkeys(who for cells in compared.table.values() for who in cells))
@@ -456,7 +462,7 @@ def write_comparison(compared:Comparison, file:Path):
 
 def compare_command(
     runs:tyro.conf.Positional[tuple[str, ...]], # folders of evaluated runs
-    out:Path|None=None,                         # file to write the comparison to, .json or .html
+    out:Annotated[Path|None, tyro.conf.arg(help='file to write the comparison to, .json or .html')]=None,
 ):
     "Put evaluated runs side by side: measures, their spread over seeds, average ranks."
     if not runs: raise BadInput('say which runs to compare: radio-nb compare RUN RUN')
@@ -469,7 +475,7 @@ def compare_command(
     for what in compared.partial: print(f'left out: {what}, which is of a part of the images')
     if out: write_comparison(compared, out)
 
-# %% ../nbs/17_cli.ipynb #80f68169
+# %% ../nbs/17_cli.ipynb #224ec3ca
 def teacher_row(spec:str)->list[str]:
     "A line of the list of teachers."
     parsed, listed = parse_spec(spec), TEACHERS[spec]
@@ -492,13 +498,13 @@ def _installed(zoo):
     try: return zoo.file().exists()
     except BadInput: return False
 
-# %% ../nbs/17_cli.ipynb #0b382537
+# %% ../nbs/17_cli.ipynb #2c891d36
 def teachers_command():
     "List teachers: width, image size, aim, licence, and whether the weights are on this machine."
     print(text_table(['teacher', 'width', 'size', 'aim', 'licence', 'here'], [teacher_row(spec) for spec in TEACHERS]))
     print("\nAny other timm:NAME or open_clip:NAME/TAG works too; NAME@FILE takes weights from a file, NAME@random none.")
 
-# %% ../nbs/17_cli.ipynb #3ad51e84
+# %% ../nbs/17_cli.ipynb #2fe5f56f
 def main(args:list[str]|None=None):
     "The command `radio-nb`."
     args = sys.argv[1:] if args is None else args

@@ -6,7 +6,7 @@
 __all__ = ['STRENGTHS', 'fit_classifier', 'LinearProbe', 'linear_probe', 'confusion', 'iou_by_class', 'mean_iou', 'open_labelled',
            'segmentation_images', 'cached_grids', 'segment', 'SegmentationProbe', 'segmentation_probe']
 
-# %% ../nbs/14_probes.ipynb #0f40b77d
+# %% ../nbs/14_probes.ipynb #ebd1f75e
 from collections.abc import Callable, Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -24,7 +24,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from .data import Unreadable, decode, height_width
 from .features import BadInput
 
-# %% ../nbs/14_probes.ipynb #744c4b15
+# %% ../nbs/14_probes.ipynb #c98cbaca
 def fit_classifier(
     x:Tensor,          # standardized summaries, (n, C)
     y:Tensor,          # their classes, (n,) int64
@@ -46,7 +46,7 @@ def fit_classifier(
     optimizer.step(objective)
     return weight.detach(), bias.detach()
 
-# %% ../nbs/14_probes.ipynb #92e9d5de
+# %% ../nbs/14_probes.ipynb #8e61f070
 STRENGTHS = (10., 1., .1, .01, .001, .0001)  # of the penalty, the strongest first, so that it wins a tie
 
 class LinearProbe(NamedTuple):
@@ -68,7 +68,7 @@ def _choose(x, y, classes, strengths):
         tried[l2] = _accuracy(x[held], y[held], *fit)
     return tried
 
-# %% ../nbs/14_probes.ipynb #bf7ee30a
+# %% ../nbs/14_probes.ipynb #b027e354
 def _check_pair(train_x, test_x, what):
     if not len(test_x): raise BadInput('the test set is empty')
     if train_x.shape[-1] != test_x.shape[-1]:
@@ -110,7 +110,7 @@ def linear_probe(
     classifier = _folded(*fit_classifier(x, train_y, classes, l2), mean, std)
     return LinearProbe(_accuracy(test_x.to(dtype), test_y, classifier.weight, classifier.bias), l2, tried, classifier)
 
-# %% ../nbs/14_probes.ipynb #46a6bd10
+# %% ../nbs/14_probes.ipynb #308590ae
 def confusion(
     said:Tensor,   # predicted classes, any shape, integers
     truth:Tensor,  # of the same shape
@@ -137,7 +137,7 @@ def mean_iou(
     "The mean of `iou_by_class` over the classes that occur or are said to."
     return iou_by_class(confusion).nanmean().item()
 
-# %% ../nbs/14_probes.ipynb #d6f3b80e
+# %% ../nbs/14_probes.ipynb #ffa57c24
 def open_labelled(
     source:str|Path, # a Parquet file, or a folder of them
 )->Dataset:          # columns `image` and `mask`, undecoded
@@ -154,7 +154,7 @@ def open_labelled(
     for name in rows.column_names: rows = rows.cast_column(name, ImageColumn(decode=False))
     return rows
 
-# %% ../nbs/14_probes.ipynb #97e45a55
+# %% ../nbs/14_probes.ipynb #d19594ed
 def _mask(row, name):
     if row is None: raise BadInput(f'{name} is missing')
     try:
@@ -193,7 +193,7 @@ def segmentation_images(
         images, masks = map(torch.stack, zip(*batch))
         yield images/255, masks
 
-# %% ../nbs/14_probes.ipynb #a2597136
+# %% ../nbs/14_probes.ipynb #b50e9b73
 def cached_grids(
     spatial:Callable[[Tensor], Tensor],         # from images in [0, 1] to a grid (B, h, w, D)
     batches:Iterable[tuple[Tensor, Tensor]],    # images (B, 3, H, W) and masks (B, H, W), from `segmentation_images`
@@ -208,7 +208,7 @@ def cached_grids(
     if not grids: raise BadInput('there are no labelled images to probe with')
     return torch.cat(grids), torch.cat(masks)
 
-# %% ../nbs/14_probes.ipynb #85f2131b
+# %% ../nbs/14_probes.ipynb #2cff06b5
 def segment(
     head:nn.Module,       # of a `SegmentationProbe`
     grids:Tensor,         # (B, h, w, D)
@@ -232,7 +232,7 @@ def _fit_head(head, grids, masks, ignore, epochs, batch_size, lr, seed):
             optimizer.step()
             schedule.step()
 
-# %% ../nbs/14_probes.ipynb #71f3eae7
+# %% ../nbs/14_probes.ipynb #da8b56f9
 class SegmentationProbe(NamedTuple):
     "What a segmentation probe found."
     miou: float        # see `mean_iou`
@@ -253,7 +253,7 @@ def segmentation_probe(
     ignore:int=255,             # what marks pixels that do not count
     epochs:int=20,
     batch_size:int=16,
-    lr:float=3e-3,              # at the start; falls to zero along a cosine
+    lr:float=3e-2,              # at the start; falls to zero along a cosine
     seed:int=0,                 # of the order of the images
     device:str='cpu',           # where to train
 )->SegmentationProbe:

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['check_losses', 'check_width', 'normalized', 'shrink', 'draw_window', 'Step', 'logged', 'change_target', 'Weights',
            'Pass', 'passes', 'Trainer', 'Prepared', 'best_device', 'check_recipe', 'prepare', 'new_student', 'new_step',
-           'export_student', 'distill', 'pulls']
+           'export_student', 'distill', 'number_of', 'check_images', 'pulls']
 
-# %% ../nbs/10_train.ipynb #1d5168b2
+# %% ../nbs/10_train.ipynb #42eef7e8
 import json
 import sys
 from contextlib import nullcontext
@@ -51,7 +51,7 @@ from .student import Student, fold_heads, remove_bottleneck
 from .teachers import Teacher, load_teacher
 from .watch import Clock, check_trackers, flat, gradient_norms, too_loud
 
-# %% ../nbs/10_train.ipynb #fe541ecd
+# %% ../nbs/10_train.ipynb #ad335644
 def check_losses(step:int, parts:dict[str, dict[str, float]]):
     "Raise `BadInput` that names the teacher whose loss is not finite."
     for name, pair in parts.items():
@@ -59,7 +59,7 @@ def check_losses(step:int, parts:dict[str, dict[str, float]]):
             if not isfinite(value):
                 raise BadInput(f'step {step}: the {kind} loss of teacher {name} is {value}; try a lower lr, or leave this teacher out')
 
-# %% ../nbs/10_train.ipynb #b2b84552
+# %% ../nbs/10_train.ipynb #950cc88a
 def check_width(step:int, name:str, spatial:Tensor, normalizer:Normalizer):
     "Raise `BadInput` that names a teacher whose grid does not fit its normalizer."
     fitted = normalizer.weight.shape[-1] if normalizer.weight.ndim else spatial.shape[-1]
@@ -71,7 +71,7 @@ def normalized(said:dict[str, Features], normalizers:dict[str, Normalizer], step
     for name, (_, spatial) in said.items(): check_width(step, name, spatial, normalizers[name])
     return {name: Features(summary, normalizers[name](spatial)) for name, (summary, spatial) in said.items()}
 
-# %% ../nbs/10_train.ipynb #ac865c30
+# %% ../nbs/10_train.ipynb #f5241236
 def shrink(
     images:Tensor,               # (B, 3, H, W)
     size:int|tuple[int, int],    # a side, or height and width, in pixels
@@ -118,7 +118,7 @@ class Step(nn.Module):
             more, others = self.flow(said, targets, self.student.bottleneck, kept, scale, part.share)
         return own + more, {name: parts[name] | others[name] for name in parts}
 
-# %% ../nbs/10_train.ipynb #54a4d625
+# %% ../nbs/10_train.ipynb #6f8cf568
 def logged(
     engine:Accelerator,
     terms:list[tuple[tuple[str, ...], Tensor]], # names and scalars; those of the same name are added up
@@ -133,7 +133,7 @@ def logged(
         level[last] = value
     return line
 
-# %% ../nbs/10_train.ipynb #a21228b9
+# %% ../nbs/10_train.ipynb #9649c583
 @torch.no_grad()
 def change_target(
     linear:nn.Linear,  # the last layer of a head, changed in place
@@ -145,7 +145,7 @@ def change_target(
     linear.weight.copy_(multiply(new.weight, own.weight.T).T)
     linear.bias.copy_(multiply(new.weight, own.bias - new.mean))
 
-# %% ../nbs/10_train.ipynb #75917cea
+# %% ../nbs/10_train.ipynb #4952e011
 class Weights:
     "All that a gradient changes, in one process or several."
     def __init__(self, step:Step, recipe:Recipe, engine:Accelerator):
@@ -190,7 +190,7 @@ class Weights:
         load_whole_state(self.step, self.optimizer, state['weights'] | flow, state['optimizer'])
         if self.average: self.average.module.load_state_dict(state['average'])
 
-# %% ../nbs/10_train.ipynb #59edf13a
+# %% ../nbs/10_train.ipynb #590eba6d
 class Pass(NamedTuple):
     "A piece of one part of the batch, to go through the networks in one go."
     source: Source
@@ -218,7 +218,7 @@ def passes(sources:list[Source], batches:tuple[Batch, ...], pieces:int, seed:int
             found.append(Pass(source, mine, piece, seed + (i << 40), (i, k) == (len(sources) - 1, pieces - 1)))
     return found
 
-# %% ../nbs/10_train.ipynb #af307e80
+# %% ../nbs/10_train.ipynb #e7e596ae
 class Trainer:
     "A student that learns step by step, in the processes of an engine, or in this one alone."
     def __init__(self, step:Step, recipe:Recipe, device:torch.device, engine:Accelerator|None=None):
@@ -279,7 +279,7 @@ class Trainer:
         self.step, self.matches = state['step'], state['matches']
         self.weights.load_state_dict(state)
 
-# %% ../nbs/10_train.ipynb #8acdf77c
+# %% ../nbs/10_train.ipynb #37dd063a
 class Prepared(NamedTuple):
     "What a recipe names, loaded."
     teachers: dict[str, Teacher]
@@ -318,7 +318,7 @@ def prepare(recipe:Recipe, device:torch.device|None=None)->Prepared:
     teachers = {name: load_teacher(spec, name=name).to(home) for name, spec in teacher_names(recipe.teachers).items()}
     return Prepared(teachers, train, held, last.size, device)
 
-# %% ../nbs/10_train.ipynb #e8562853
+# %% ../nbs/10_train.ipynb #df7548a6
 def new_student(
     recipe:Recipe,
     widths:dict[str, tuple[int, int]], # of every teacher's summary and grid
@@ -330,7 +330,7 @@ def new_student(
     return Student(recipe.student, widths, recipe.stem, recipe.head_width, depth=recipe.depth, head_blocks=recipe.head_blocks,
                    windows=recipe.windows, bottleneck=bool(recipe.information and recipe.bottleneck))
 
-# %% ../nbs/10_train.ipynb #dea4274b
+# %% ../nbs/10_train.ipynb #39de1c9f
 def new_step(recipe:Recipe, widths:dict[str, tuple[int, int]], out:Path)->Step:
     "The student, the loss and what else a run compares by."
     loss = MultiTeacherLoss(recipe.method, *teacher_weights(recipe, list(widths)), recipe.balance)
@@ -343,7 +343,7 @@ def export_student(recipe:Recipe, widths:dict[str, tuple[int, int]], state:dict,
     student.load_state_dict(state.get('average', own))
     fold_heads(remove_bottleneck(student), load_normalizers(recipe, widths, out)).save_pretrained(out)
 
-# %% ../nbs/10_train.ipynb #408f9442
+# %% ../nbs/10_train.ipynb #b502e7b7
 def distill(
     recipe:Recipe,
     resume:bool=False,  # go on with an unfinished run in the same folder
@@ -368,10 +368,21 @@ def distill(
     engine.end_training()
     return out
 
-# %% ../nbs/10_train.ipynb #c13034a9
+# %% ../nbs/10_train.ipynb #41c26f80
+def number_of(images:Dataset|IterableDataset)->int|None:
+    "How many images there are; None for a stream, which nobody has counted."
+    return len(images) if isinstance(images, Dataset) else None
+
+def check_images(recipe:Recipe, before:int|None, now:int|None):
+    "Raise `BadInput` where a folder has gained or lost images since the last checkpoint."
+    if before != now: raise BadInput(f'{recipe.images} gave {before} images to learn from when the run began, and gives {now} now: '
+                                     'a run goes on with the images it began with')
+
+# %% ../nbs/10_train.ipynb #af9d6996
 def _legs(recipe, plan, ready, widths, engine, out):
     "Every leg of a run that is not done yet; gives the last checkpoint."
     state, trainer = load_checkpoint(out/'checkpoints'), None
+    if state: check_images(recipe, state['images'], number_of(ready.train))
     for leg in plan:
         if state and state['step'] >= leg.last: continue
         sources = open_sources(recipe, leg, ready.train, ready.teachers, engine, ready.device)
@@ -384,7 +395,7 @@ def _legs(recipe, plan, ready, widths, engine, out):
         state = _leg(trainer, state['skipped'] if state else {}, plan[-1].last, out)
     return state
 
-# %% ../nbs/10_train.ipynb #78777586
+# %% ../nbs/10_train.ipynb #21035b5d
 def pulls(trainer:Trainer, batches:tuple[Batch, ...])->dict[str, float]:
     "How long each teacher's gradient on the backbone is, averaged over the processes."
     norms = {}
@@ -406,12 +417,13 @@ def _watched(trainer, batches, told):
     if word: told.add(word)
     return {'pulls': found}
 
-# %% ../nbs/10_train.ipynb #26e990bd
+# %% ../nbs/10_train.ipynb #cd620703
 def _leg(trainer, skipped, total, out):
     recipe, engine, leg, main = trainer.recipe, trainer.engine, trainer.leg, trainer.engine.is_main_process
     def checkpoint():
         everyones = {path: why for one in gather_object([skipped]) for path, why in one.items()}
-        state = {'step': trainer.step, 'trainer': trainer.state_dict(), 'skipped': everyones}
+        images = number_of(trainer.sources[0].crops.images)
+        state = {'step': trainer.step, 'trainer': trainer.state_dict(), 'skipped': everyones, 'images': images}
         if main: save_checkpoint(out/'checkpoints', state, recipe.keep)
         return state
     progress, told = Progress(total, trainer.step, quiet=not main), set()

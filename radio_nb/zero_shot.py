@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEMPLATES', 'class_embeddings', 'zero_shot_accuracy', 'TextTower', 'cached_embeddings']
 
-# %% ../nbs/13_zero_shot.ipynb #042951e2
+# %% ../nbs/13_zero_shot.ipynb #0ac28387
 import hashlib
 import json
 import os
@@ -23,7 +23,7 @@ from torch import Tensor
 from .features import BadInput
 from .teachers import open_clip_model, parse_spec
 
-# %% ../nbs/13_zero_shot.ipynb #5887cfd9
+# %% ../nbs/13_zero_shot.ipynb #16f3467a
 TEMPLATES = ('a photo of a {}.', 'a photo of one {}, seen close up.', 'a photo with a {} far away.', 'a picture of a {} in bad light.',
              'a blurred picture of a {}.', 'a small picture of a {}.', 'part of a {} in a photo.', 'a drawing of a {}.')
 
@@ -45,7 +45,7 @@ def class_embeddings(
     embeddings = torch.cat([F.normalize(tower(tokenizer(chunk)).float(), dim=-1) for chunk in chunks])
     return F.normalize(embeddings.unflatten(0, (len(names), len(templates))).mean(1), dim=-1).clone()
 
-# %% ../nbs/13_zero_shot.ipynb #34ec365d
+# %% ../nbs/13_zero_shot.ipynb #b903625f
 def _check(x, y, embeddings):
     if x.ndim != 2 or y.shape != x.shape[:1]:
         raise BadInput(f'zero-shot needs summaries (n, C) and classes (n,), not {tuple(x.shape)} and {tuple(y.shape)}')
@@ -72,14 +72,15 @@ def zero_shot_accuracy(
         for k in tops: right[k] += (nearest[:, :k] == label[:, None]).sum().item()
     return {f'top{k}': n/len(x) for k, n in right.items()}
 
-# %% ../nbs/13_zero_shot.ipynb #7af8f7e2
+# %% ../nbs/13_zero_shot.ipynb #d3b35c8a
 class TextTower:
     "The text half of an open_clip model, frozen: tokens (n, length) to embeddings (n, C)."
     def __init__(self,
         spec:str,  # 'open_clip:NAME/TAG', 'open_clip:NAME@FILE' or 'open_clip:NAME@random', see `parse_spec`
     ):
         parsed = parse_spec(spec)
-        if parsed.source != 'open_clip': raise BadInput(f'{spec} has no text tower; models that match images and texts are open_clip:NAME/TAG')
+        if parsed.source != 'open_clip':
+            raise BadInput(f'{spec} has no text tower; models that match images and texts are open_clip:NAME/TAG')
         self.spec, self.tokenizer = spec, _tokenizer(parsed.name.partition('/')[0])
         self.model = open_clip_model(parsed).eval().requires_grad_(False)
         self.model.visual = None  # the larger half, and not needed
@@ -97,7 +98,7 @@ def _tokenizer(arch):
         raise BadInput(f'open_clip:{arch}: its tokenizer is not part of open_clip and could not be fetched ({reason}); '
                        'models with the tokenizer of CLIP, such as ViT-B-16, need nothing more') from e
 
-# %% ../nbs/13_zero_shot.ipynb #c63d1c17
+# %% ../nbs/13_zero_shot.ipynb #28b1b6ad
 def _key(spec, names, templates):
     "What class embeddings depend on, as a line of JSON."
     parsed, file = parse_spec(spec), None
