@@ -10,7 +10,7 @@ __all__ = ['SUITES', 'BATCH', 'WORDS', 'LOWER', 'own_features', 'Subject', 'teac
            'score_table', 'ranks', 'average_ranks', 'by_seed', 'group_name', 'Spread', 'over_seeds', 'Comparison',
            'compare_runs', 'open_recipe', 'ranks_by_suite']
 
-# %% ../nbs/14a_suites.ipynb #32a1d8be
+# %% ../nbs/14a_suites.ipynb #37edc054
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -39,7 +39,7 @@ from .teachers import Teacher, parse_spec
 from .train import best_device, check_recipe, shrink
 from .zero_shot import cached_embeddings, zero_shot_accuracy
 
-# %% ../nbs/14a_suites.ipynb #e495ca94
+# %% ../nbs/14a_suites.ipynb #6687c6bb
 def own_features(
     student:Student,
 )->Callable[[Tensor], Features]: # from images in [0, 1]
@@ -51,7 +51,7 @@ def own_features(
         return Features(row.clone(), spatial)   # a view of one token would keep all tokens in memory
     return features
 
-# %% ../nbs/14a_suites.ipynb #f678b28f
+# %% ../nbs/14a_suites.ipynb #bdd3bd15
 class Subject(NamedTuple):
     "Something to judge: how it sees, and at which size."
     name: str
@@ -77,7 +77,7 @@ def student_subject(
              if teacher in student.summaries and parse_spec(spec).source == 'open_clip'}
     return Subject(name, own_features(student), size, student.backbone.mean.device, texts)
 
-# %% ../nbs/14a_suites.ipynb #fd38284b
+# %% ../nbs/14a_suites.ipynb #bb86de35
 class Run(NamedTuple):
     "A finished run, opened to be judged."
     out: Path
@@ -96,7 +96,7 @@ def open_run(
     device, last = best_device(recipe.device), max(check_recipe(recipe)[-1].parts, key=lambda part: part.share)
     return Run(out, recipe, Student.from_pretrained(out).to(device), last.size, device)
 
-# %% ../nbs/14a_suites.ipynb #a49a3554
+# %% ../nbs/14a_suites.ipynb #8c745820
 def drawn(
     images:Dataset,
     labels:Tensor|None=None, # (n,)
@@ -107,14 +107,14 @@ def drawn(
     order = np.random.default_rng(0).permutation(len(images))[:limit or None]
     return images.select(order), None if labels is None else labels[torch.from_numpy(order)]
 
-# %% ../nbs/14a_suites.ipynb #2cc79930
+# %% ../nbs/14a_suites.ipynb #c8b6f1be
 def interleaved(
     *counts:int, # how many batches each set has
 )->list[int]:    # of which set the next batch is taken
     "An order in which every set is about equally far along at any time."
     return [which for _, which in sorted(((i + 1)/n, which) for which, n in enumerate(counts) for i in range(n))]
 
-# %% ../nbs/14a_suites.ipynb #d1fd4cb2
+# %% ../nbs/14a_suites.ipynb #230968b7
 def extract(
     see:Callable[[Tensor], Tensor],                     # from images in [0, 1] to what is kept of them, on the CPU
     streams:list[Iterator[tuple[Tensor, Tensor]]],      # of every set images (B, 3, H, W) and what is true of them (B, …)
@@ -133,7 +133,7 @@ def extract(
     if not all(said): return None
     return [tuple(torch.cat(parts) for parts in zip(*pairs)) for pairs in said]
 
-# %% ../nbs/14a_suites.ipynb #95ffd130
+# %% ../nbs/14a_suites.ipynb #dbbf3e8f
 class Score(NamedTuple):
     "One measure of one subject."
     subject: str
@@ -161,7 +161,7 @@ class Sets:
         "How a score names its sets."
         return ' → '.join(getattr(self, name) for name in names) + (f', {self.limit} each' if self.limit else '') + more
 
-# %% ../nbs/14a_suites.ipynb #bdea3a06
+# %% ../nbs/14a_suites.ipynb #4d2405fe
 SUITES = {'match': ('images',), 'knn': ('train', 'test'), 'linear': ('train', 'test'), 'segmentation': ('masks', 'test_masks'),
           'zero-shot': ('test',)}
 
@@ -175,7 +175,7 @@ def check_sets(suites:Iterable[str], sets:Sets):
             if not getattr(sets, name): raise BadInput(f'suite {suite}: say {words[name]}')
     if sets.limit < 0: raise BadInput(f'--limit is {sets.limit}, but must be 0 for all images, or more')
 
-# %% ../nbs/14a_suites.ipynb #a08d8032
+# %% ../nbs/14a_suites.ipynb #228e6854
 BATCH = 32  # images at a time
 
 def labelled_stream(images:Dataset, labels:Tensor, size:tuple[int, int], workers:int=0)->tuple[Iterator, int]:
@@ -213,7 +213,7 @@ def _unless_partial(judge, partial):
     except BadInput:
         if not partial: raise
 
-# %% ../nbs/14a_suites.ipynb #ba8fd0d0
+# %% ../nbs/14a_suites.ipynb #2aa12075
 def _masks_stream(source, limit):
     "Batches of images and masks, how many batches and how many images there are."
     there = len(open_labelled(source))
@@ -239,7 +239,7 @@ def segmentation_suite(subject:Subject, sets:Sets, stopped:Callable[[], bool]=la
     n, on = len(train[0]) + len(test[0]), sets.on('masks', 'test_masks')
     return [Score(subject.name, 'segmentation mIoU', value, n, sum(sizes), 'segmentation', on)]
 
-# %% ../nbs/14a_suites.ipynb #f69ce4cd
+# %% ../nbs/14a_suites.ipynb #07de0857
 def class_names(source:str)->list[str]:
     "The names of a source's classes as a sentence can use them. Raises `BadInput` for classes that have only numbers."
     names = labelled_images(source)[2]
@@ -271,7 +271,7 @@ def zero_shot_suite(
             scores.append(Score(subject.name, measure, value, len(found[0][0]), len(images), 'zero-shot', sets.on('test')))
     return scores
 
-# %% ../nbs/14a_suites.ipynb #a2325c3b
+# %% ../nbs/14a_suites.ipynb #3000802f
 class Readable:
     "The middles of those images that can be read, in batches, each image decoded once."
     def __init__(self, images:Dataset, size:tuple[int, int], stopped:Callable[[], bool]=lambda: False, what:str='judge'):
@@ -307,7 +307,7 @@ class Readable:
             name, why = next(iter(self.skipped.items()))
             raise BadInput(f'none of {len(self.images)} images can be read; the first: {name} {why}')
 
-# %% ../nbs/14a_suites.ipynb #d7d04490
+# %% ../nbs/14a_suites.ipynb #248f2f6a
 class Alignment(Match):
     "What of a match needs no common space: CKA of two grids of any widths, and their RankMe."
     def __init__(self): super().__init__(thorough=True)
@@ -324,7 +324,7 @@ class Alignment(Match):
         "`cka`, and `rankme` of both."
         return self._thorough()
 
-# %% ../nbs/14a_suites.ipynb #e4fe96be
+# %% ../nbs/14a_suites.ipynb #9240d6fc
 WORDS = {'explained': 'explained', 'mse': 'mse', 'cosine': 'cosine', 'summary_cosine': 'summary cosine', 'cka': 'cka', 'rankme': 'rankme',
          'error_range': 'error range', 'error_range_normalized': 'error range, normalized'}
 LOWER = ('mse', 'error range')  # measures of which less is better
@@ -371,7 +371,7 @@ def alignment_suite(
     if not judged.n: return []
     return [Score(who, f'cka, {name}', pair.result()['cka'], judged.n, judged.of, 'match', on) for (who, name), pair in pairs.items()]
 
-# %% ../nbs/14a_suites.ipynb #7c4a991c
+# %% ../nbs/14a_suites.ipynb #59358dc1
 def merged(old:list[Score], new:list[Score])->list[Score]:
     "Scores with others added, which replace those of the same subject, measure and images."
     def key(score): return score.subject, score.measure, score.on
@@ -394,7 +394,7 @@ def keep_scores(out:Path, scores:list[Score])->list[Score]:
     write_whole(Path(out)/'evaluation.json', f'{{"scores": [\n{lines}\n]}}\n')
     return everything
 
-# %% ../nbs/14a_suites.ipynb #26b0cc77
+# %% ../nbs/14a_suites.ipynb #f9339689
 def score_table(
     scores:list[Score],
 )->tuple[list[str], list[list[str]]]: # header and rows, for `html_table` or the terminal
@@ -405,7 +405,7 @@ def score_table(
     rows = [[measure, *(cells.get(subject, '–') for subject in subjects), on] for (measure, on), cells in by_row.items()]
     return ['measure', *subjects, 'on'], rows
 
-# %% ../nbs/14a_suites.ipynb #686d7a85
+# %% ../nbs/14a_suites.ipynb #55699faf
 def ranks(
     values:dict[str, float], # by method
     lower:bool=False,        # whether less is better
@@ -423,7 +423,7 @@ def average_ranks(
     ranked = [ranks(values, measure.startswith(LOWER)) for measure, values in table.items() if len(values) == len(methods)]
     return {who: mean(by_method[who] for by_method in ranked) for who in methods} if ranked else {}
 
-# %% ../nbs/14a_suites.ipynb #9249ac86
+# %% ../nbs/14a_suites.ipynb #3c7a160f
 def by_seed(
     recipes:dict[str, Recipe], # by run
 )->list[list[str]]:            # runs that differ in nothing but the seed, together
@@ -455,7 +455,7 @@ def over_seeds(values:list[float])->Spread:
     "Mean and standard deviation, with n - 1."
     return Spread(mean(values), stdev(values) if len(values) > 1 else None, len(values))
 
-# %% ../nbs/14a_suites.ipynb #b1ae5ad2
+# %% ../nbs/14a_suites.ipynb #b03fbd0c
 class Comparison(NamedTuple):
     "Several runs side by side."
     table: dict[str, dict[str, Spread]]  # by measure, on what, and method
