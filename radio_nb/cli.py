@@ -129,7 +129,7 @@ def judge_run(
         sets['new images'] = (Crops(held, ready.crop_size(), crop=centre_crop, shuffle=False), len(held))
     compared = students(recipe, ready, out)
     match = {what: judge(compared, ready, ready.size, crops, n, what) for what, (crops, n) in sets.items()}
-    (out/'match.json').write_text(json.dumps(match, indent=2))
+    write_whole(out/'match.json', json.dumps(match, indent=2))
     return match
 
 # %% ../nbs/17_cli.ipynb #ab50edd3
@@ -264,7 +264,7 @@ def write_report(recipe:Recipe, ready:Prepared, out:Path, match:dict)->Path:
               f'<h2>Skipped images</h2><p>{len(skipped)} images could not be used.</p>',
               html_table(['image', 'why'], list(skipped.items())) if skipped else '',
               '<h2>Recipe</h2>', f'<pre>{recipe_toml(recipe)}</pre>']
-    (out/'report.html').write_text(page(f'Distillation of {len(ready.teachers)} teachers', blocks), encoding='utf-8')
+    write_whole(out/'report.html', page(f'Distillation of {len(ready.teachers)} teachers', blocks))
     return out/'report.html'
 
 # %% ../nbs/17_cli.ipynb #edc1cece

@@ -178,7 +178,8 @@ def features_of(
     "What a model says of many images. Grids are dropped batch by batch, so memory grows by the summaries only."
     progress, summaries = Progress(steps, what=what) if steps else None, []
     for i, images in enumerate(batches):
-        summaries.append(model(images.to(device)).summary.float().cpu())
+        # a copy: a class token may be a view of all tokens, which would be kept with it
+        summaries.append(model(images.to(device)).summary.to('cpu', torch.float32, copy=True))
         if progress: progress(i + 1)
     if not summaries: raise BadInput(f'{what}: there are no images')
     return torch.cat(summaries)

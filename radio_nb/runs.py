@@ -24,7 +24,7 @@ from .recipe import Recipe, difference, read_recipe
 def write_whole(path:Path, text:str):
     "Write a file in one piece: whatever happens, it is as it was before or as it is to be."
     part = Path(f'{path}.part')
-    part.write_text(text)
+    part.write_text(text, encoding='utf-8')
     os.replace(part, path)
 
 # %% ../nbs/09c_runs.ipynb #cbc6a686

@@ -33,7 +33,7 @@ from .moments import Moments
 from .normalizers import Normalizer, fit_normalizer
 from .processes import part_of
 from .recipe import Recipe, teacher_weights
-from .runs import Progress
+from .runs import Progress, write_whole
 from .schedule import Leg, Part
 from .teachers import Teacher
 
@@ -168,7 +168,7 @@ def keep_statistics(recipe:Recipe, leg:Leg, statistics:dict[str, Statistics], ou
             tensors |= {f'{name}.modules.{key}': tensor for key, tensor in modules.state_dict().items()}
         tensors |= {f'{name}.normalizer.{key}': tensor for key, tensor in normalizer.state_dict().items()}
         tensors |= {f'{name}.mean': spatial.mean, f'{name}.variance': spatial.cov.diagonal(), f'{name}.summary': summary}
-    if curves: (out/'information.json').write_text(json.dumps(curves, indent=2))
+    if curves: write_whole(out/'information.json', json.dumps(curves, indent=2))
     save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, out/'statistics.part')
     os.replace(out/'statistics.part', statistics_at(out, leg.first))
 

@@ -362,7 +362,7 @@ def distill(
     widths = {name: teacher.widths() for name, teacher in ready.teachers.items()}
     state = _legs(recipe, plan, ready, widths, engine, out)
     if engine.is_main_process:
-        if state['skipped']: (out/'skipped.json').write_text(json.dumps(state['skipped'], indent=2))
+        if state['skipped']: write_whole(out/'skipped.json', json.dumps(state['skipped'], indent=2))
         export_student(recipe, widths, state['trainer'], out)
     engine.wait_for_everyone()   # before the group of processes ends, which is what Accelerate makes of the end of training
     engine.end_training()
