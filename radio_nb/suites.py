@@ -155,6 +155,7 @@ class Sets:
     masks: str = ''       # for segmentation: Parquet with columns image and mask, to learn from
     test_masks: str = ''  # for segmentation: the same, to be tested on
     limit: int = 0        # images of each set to take, drawn once and for all (of masks the first); 0 for all
+    ignore: int = 255     # for segmentation: the class of pixels that do not count
     k: int = 20           # for knn: how many neighbours vote
 
     def on(self, *names:str, more:str='')->str:
@@ -233,10 +234,12 @@ def segmentation_suite(subject:Subject, sets:Sets, stopped:Callable[[], bool]=la
     found = extract(see, streams, counts, stopped, f'grids of {subject.name}')
     if found is None: return []
     train, test = found
-    classes = torch.cat([masks[masks != 255] for _, masks in found]).unique()
-    if not len(classes): raise BadInput(f'{sets.masks} and {sets.test_masks}: all pixels are 255, which marks those that do not count')
-    value = segmentation_probe(train, test, int(classes.max()) + 1, device=subject.device).miou
-    n, on = len(train[0]) + len(test[0]), sets.on('masks', 'test_masks')
+    classes = torch.cat([masks[masks != sets.ignore] for _, masks in found]).unique()
+    if not len(classes):
+        raise BadInput(f'{sets.masks} and {sets.test_masks}: all pixels are {sets.ignore}, which marks those that do not count (--ignore)')
+    value = segmentation_probe(train, test, int(classes.max()) + 1, sets.ignore, device=subject.device).miou
+    void = '' if sets.ignore == 255 else f', without {sets.ignore}'
+    n, on = len(train[0]) + len(test[0]), sets.on('masks', 'test_masks', more=void)
     return [Score(subject.name, 'segmentation mIoU', value, n, sum(sizes), 'segmentation', on)]
 
 # %% ../nbs/14a_suites.ipynb #07de0857
