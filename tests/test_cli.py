@@ -2,6 +2,7 @@
 import io
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -84,9 +85,11 @@ def test_a_folder_with_other_things_is_left_alone(refused, tmp_path):
 
 
 def test_evaluate(run, tmp_path, capsys):
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)).save(tmp_path/'noise.png')
-    (tmp_path/'broken.jpg').write_text('no image')
-    cli.main(['evaluate', str(run[0]), '--images', str(tmp_path)])
+    mine, images = shutil.copytree(run[0], tmp_path/'run'), tmp_path/'images'   # a copy, because it writes there
+    images.mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)).save(images/'noise.png')
+    (images/'broken.jpg').write_text('no image')
+    cli.main(['evaluate', str(mine), '--images', str(images)])
     printed = capsys.readouterr().out
     assert 'u2netp' in printed and 'broken.jpg: cannot be identified' in printed
 
