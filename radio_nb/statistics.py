@@ -23,7 +23,7 @@ from torch import Tensor
 
 import radio_nb.phi_s  # noqa: F401  registers the kinds phi-s and hca
 from .cache import CachedTeacher, answers, fill_cache
-from .data import Batch, Crops, StreamedCrops, image_batches
+from .data import Batch, Crops, StreamedCrops, image_batches, stream_of
 from .draws import as_share, uniform
 from .features import BadInput, Features
 from .flow import Flow, fit_flow, modules_from
@@ -119,13 +119,12 @@ def open_sources(recipe:Recipe, leg:Leg, images:Dataset|IterableDataset, teacher
     for part in leg.parts:
         here = {name: teachers[name] for name in part.weights}
         large = crop_sides(part.size, [teacher.size for teacher in here.values()])
-        if streamed: crops = StreamedCrops(images, large, recipe.seed)
-        else: crops = Crops(images, large, recipe.seed, views=recipe.views)
+        crops = stream_of(images, large, recipe.seed, recipe.views)
         cached = {}
         if recipe.cache:
             cached = fill_cache(here, crops, recipe.cache, recipe.batch_size, next(iter(here.values())).mean.device,
                                 **part_of(engine), wait=engine.wait_for_everyone, workers=recipe.workers)
-            crops = Crops(images, part.size, recipe.seed, views=recipe.views)
+            crops = stream_of(images, part.size, recipe.seed, recipe.views)
         sources.append(Source(part, crops, here, cached, torch.device(recipe.teacher_device or device)))
     return sources
 

@@ -27,3 +27,17 @@ def run(tmp_path_factory):
     done = radio_nb('distill', *SMALL, '--out', out)
     assert done.returncode == 0, done.stderr
     return out, done
+
+
+@pytest.fixture
+def refused(capsys):
+    "Run the command in this process, where it must refuse: the one line that it prints, behind lines of progress."
+    from radio_nb import cli  # not above: most tests of the package need no command line
+
+    def command(*args):
+        with pytest.raises(SystemExit) as exit: cli.main(list(map(str, args)))
+        assert exit.value.code == 2
+        *progress, error = capsys.readouterr().err.strip().splitlines()
+        assert all(' left ' in line for line in progress) and error.startswith('radio-nb: ')
+        return error
+    return command

@@ -16,18 +16,6 @@ from radio_nb.data import decode, open_images
 from radio_nb.student import Student
 
 
-@pytest.fixture
-def refused(capsys):
-    "Run the command in this process, where it must refuse: the one line that it prints."
-    def command(*args):
-        with pytest.raises(SystemExit) as exit: cli.main(list(map(str, args)))
-        assert exit.value.code == 2
-        error = capsys.readouterr().err.strip()
-        assert error.count('\n') == 0 and 'Traceback' not in error
-        return error
-    return command
-
-
 def replaced(flag, *values):
     "The flags of the small run with one of them changed."
     at = SMALL.index(flag)

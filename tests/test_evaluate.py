@@ -95,18 +95,6 @@ def mine(run, tmp_path):
     return Path(shutil.copytree(run[0], tmp_path/'mine', ignore=shutil.ignore_patterns('checkpoints')))
 
 
-@pytest.fixture
-def refused(capsys):
-    "Run the command in this process, where it must refuse: the one line that it prints, behind lines of progress."
-    def command(*args):
-        with pytest.raises(SystemExit) as exit: cli.main(list(map(str, args)))
-        assert exit.value.code == 2
-        *progress, error = capsys.readouterr().err.strip().splitlines()
-        assert all(' left ' in line for line in progress) and error.startswith('radio-nb: ')
-        return error
-    return command
-
-
 def evaluate(out, *args): cli.main(['evaluate', *map(str, [out, *args])])
 def found(out): return {(score.subject, score.measure): score for score in load_scores(out)}
 
