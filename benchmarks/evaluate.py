@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from timing import arguments, ratio, report
 
-from radio_nb.knn import knn_predict
+from radio_nb.evaluation.knn import knn_predict
 
 
 def vectors(n, width, device):

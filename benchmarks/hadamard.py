@@ -7,7 +7,8 @@ The second table holds ratios of times measured in one run; above 1 `fwht` is fa
 import torch
 from timing import arguments, fastest
 
-from radio_nb.hadamard import fwht, hadamard, is_known_order, recipe
+from radio_nb.appendix.hadamard_search import fwht
+from radio_nb.targets.hadamard import hadamard, is_known_order, recipe
 
 
 def build(order):

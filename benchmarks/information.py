@@ -10,8 +10,9 @@ import torch
 from timing import arguments, ratio, report
 from torch import nn
 
-from radio_nb.information import Bottleneck, ControlledFlowLoss, RateDistortion, Said
-from radio_nb.zoo import CifarResNet
+from radio_nb.cifd.controlled_flow import Bottleneck, ControlledFlowLoss, ModelOutput
+from radio_nb.cifd.rate_distortion import RateDistortion
+from radio_nb.models.zoo import CifarResNet
 
 args = arguments(__doc__, batch=128)
 
@@ -26,7 +27,7 @@ class Embedder(nn.Module):
 
     def forward(self, images):
         w = self.bottleneck(self.norm(self.backbone(images)))
-        return Said(self.projector(w), self.classifier(w))
+        return ModelOutput(self.projector(w), self.classifier(w))
 
 
 class Pooled(nn.Module):
@@ -50,7 +51,7 @@ def stepper(backbone, modules):
     torch.manual_seed(0)
     student = Embedder(backbone, 64, modules is not None).to(args.device)
     images, labels = torch.randn(args.batch, 3, 32, 32, device=args.device), torch.randint(10, (args.batch,), device=args.device)
-    teacher = Said(torch.randn(args.batch, 64, device=args.device), torch.randn(args.batch, 10, device=args.device))
+    teacher = ModelOutput(torch.randn(args.batch, 64, device=args.device), torch.randn(args.batch, 10, device=args.device))
     names = ['teacher'] if modules is None else ['teacher', *(f'R={rate:g}' for rate in modules.rates.tolist())]
     loss = ControlledFlowLoss(dict.fromkeys(names, 1.), temperature=4., dropout=0.)
     optimizer = torch.optim.AdamW(student.parameters(), 1e-3)
@@ -60,7 +61,7 @@ def stepper(backbone, modules):
         if modules is not None:
             with torch.no_grad(): blurred = modules.decode(modules.encode(teacher.embedding))
             logits = modules.classifier(blurred).detach()
-            sources |= {name: Said(blurred[i], logits[i]) for i, name in enumerate(names[1:])}
+            sources |= {name: ModelOutput(blurred[i], logits[i]) for i, name in enumerate(names[1:])}
         bits = None if modules is None else student.bottleneck.bits
         total, _ = loss(said, sources, bits, labels)
         optimizer.zero_grad()

@@ -12,7 +12,9 @@ import numpy as np
 from PIL import Image
 from timing import arguments, ratio, report, seconds
 
-from radio_nb.data import Crops, StreamedCrops, image_batches, open_images, random_box
+from radio_nb.data.crops import Crops, image_batches, random_box
+from radio_nb.data.images import open_images
+from radio_nb.data.streams import StreamedCrops
 
 SEED = 0
 

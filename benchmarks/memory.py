@@ -44,8 +44,10 @@ def write(folder, n):
 
 def read(source, n, size, batch):
     "Go through a source once; print the peak in MiB, and what of it was not mapped from files at the end."
-    from radio_nb.data import image_batches, open_images, stream_of
-    for _ in image_batches(stream_of(open_images(source), size), batch, n//batch): pass
+    from radio_nb.data.crops import image_batches
+    from radio_nb.data.images import open_images
+    from radio_nb.data.streams import crop_stream
+    for _ in image_batches(crop_stream(open_images(source), size), batch, n//batch): pass
     status = dict(line.split(':', 1) for line in Path('/proc/self/status').read_text().splitlines())
     anonymous = int(status['RssAnon'].split()[0])/1024
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024, anonymous)

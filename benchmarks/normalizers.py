@@ -9,9 +9,9 @@ import torch
 from timing import arguments, fastest, ratio, report
 
 import radio_nb.phi_s  # noqa: F401  registers phi-s
-from radio_nb.hadamard import hadamard, recipe
-from radio_nb.moments import Moments
-from radio_nb.normalizers import fit_normalizer
+from radio_nb.targets.hadamard import hadamard, recipe
+from radio_nb.targets.moments import Moments
+from radio_nb.targets.normalizers import fit_normalizer
 
 WIDTHS = 192, 768, 1280
 

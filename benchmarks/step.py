@@ -13,16 +13,18 @@ import torch
 import torch.nn.functional as F
 from timing import arguments, ratio, report
 
-from radio_nb.cache import answers, fill_cache
-from radio_nb.data import Crops, image_batches, open_images
-from radio_nb.losses import MultiTeacherLoss, spatial_loss, summary_loss
-from radio_nb.normalizers import fit_normalizer
-from radio_nb.recipe import Recipe
-from radio_nb.schedule import legs
-from radio_nb.statistics import Source, measure
-from radio_nb.student import Student
-from radio_nb.teachers import load_teacher
-from radio_nb.train import Step, Trainer, normalized
+from radio_nb.training.teacher_cache import teacher_features, fill_cache
+from radio_nb.data.crops import Crops, image_batches
+from radio_nb.data.images import open_images
+from radio_nb.losses.losses import spatial_loss, summary_loss
+from radio_nb.losses.multi_teacher import MultiTeacherLoss
+from radio_nb.targets.normalizers import fit_normalizer
+from radio_nb.training.recipe import Recipe
+from radio_nb.training.stages import plan_stages
+from radio_nb.training.statistics import Source, measure
+from radio_nb.models.student import Student
+from radio_nb.models.teachers import load_teacher
+from radio_nb.training.trainer import DistillStep, Trainer, normalized
 
 SIZE, SPECS = 160, {'efficientnet-lite0': 'zoo:efficientnet-lite0#160', 'u2netp': 'zoo:u2netp#128'}
 
@@ -37,9 +39,9 @@ def new_student():
 def new_trainer(crops, cached):
     "The trainer as a run would make it, at its first step."
     recipe = Recipe('', tuple(SPECS.values()), '', size=SIZE, steps=10_000, batch_size=args.batch, device=args.device)
-    loss, leg = MultiTeacherLoss('phi-s', dict.fromkeys(SPECS, 1.), dict.fromkeys(SPECS, 1.)), legs(recipe, list(SPECS))[0]
-    trainer = Trainer(Step(new_student(), loss), recipe, device)
-    trainer.enter(leg, [Source(leg.parts[0], crops, teachers, cached)], normalizers)
+    loss, stage_plan = MultiTeacherLoss('phi-s', dict.fromkeys(SPECS, 1.), dict.fromkeys(SPECS, 1.)), plan_stages(recipe, list(SPECS))[0]
+    trainer = Trainer(DistillStep(new_student(), loss), recipe, device)
+    trainer.enter(stage_plan, [Source(stage_plan.parts[0], crops, teachers, cached)], normalizers)
     return trainer
 
 
@@ -69,7 +71,7 @@ def bare_step(images, targets=None):
 def compare(what, crops, cached, target):
     "One line: the trainer's step over the bare one, on one batch of `crops`."
     batch = next(image_batches(crops, args.batch, 1))
-    targets = normalized(answers(teachers, batch, device, cached), normalizers, 0) if cached else None
+    targets = normalized(teacher_features(teachers, batch, device, cached), normalizers, 0) if cached else None
     trainer, bare = new_trainer(crops, cached), bare_step(batch.images, targets)
     report(what, ratio(lambda: trainer(batch), bare, args.steps), target)
 
@@ -78,7 +80,7 @@ args = arguments(__doc__, batch=8, steps=12)
 device = torch.device(args.device)
 teachers = {name: load_teacher(spec, name=name).to(device) for name, spec in SPECS.items()}
 images = open_images('zoo:photos')
-said = (answers(teachers, batch, device) for batch in image_batches(Crops(images, 224), args.batch, 2))
+said = (teacher_features(teachers, batch, device) for batch in image_batches(Crops(images, 224), args.batch, 2))
 normalizers = {name: fit_normalizer('phi-s', s.spatial).to(device) for name, s in measure(said).items()}
 
 compare('trainer step against a bare loop', Crops(images, 224), {}, 1.03)

@@ -16,10 +16,10 @@ from datasets import Image as ImageColumn
 from PIL import Image
 from safetensors.torch import save_file
 
-from radio_nb.cli import main
-from radio_nb.runs import Stopped
-from radio_nb.train import distill
-from radio_nb.zoo import photographs
+from radio_nb.front.cli import main
+from radio_nb.data.files import Stopped
+from radio_nb.training.train import distill
+from radio_nb.models.zoo import photographs
 
 # in the server nothing has computed yet: a fork of a process with busy threads would hang
 server = multiprocessing.get_context('forkserver')

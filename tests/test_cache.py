@@ -17,10 +17,12 @@ from PIL import Image
 from torch import nn
 
 from radio_nb import cli
-from radio_nb.cache import cache_key, fill_cache, images_print
-from radio_nb.data import UNDECODED, Crops, open_images
-from radio_nb.features import BadInput, Features
-from radio_nb.teachers import Teacher, timm_features
+from radio_nb.training.teacher_cache import cache_key, fill_cache, images_fingerprint
+from radio_nb.data.crops import Crops
+from radio_nb.data.images import UNDECODED, open_images
+from radio_nb.targets.bad_input import BadInput
+from radio_nb.targets.features import Features
+from radio_nb.models.teachers import Teacher, timm_features
 
 CPU = torch.device('cpu')
 
@@ -34,7 +36,7 @@ def teacher(seed=0, name='small', loud=1.):
     torch.manual_seed(seed)
     model = timm.create_model('test_vit', num_classes=0, img_size=32)
     features, found = timm_features(model), []
-    def counted(pixels):
+    def valid_rows(pixels):
         found.append(len(pixels))
         summary, spatial = features(pixels)
         return Features(summary, spatial*loud)
@@ -43,7 +45,7 @@ def teacher(seed=0, name='small', loud=1.):
     return made
 
 
-def fill(teachers, crops, folder): return fill_cache(teachers, crops, folder, 1, CPU)
+def load_strict(teachers, crops, folder): return fill_cache(teachers, crops, folder, 1, CPU)
 
 
 class Killed(BaseException):
@@ -54,29 +56,29 @@ class Killed(BaseException):
 def test_a_killed_fill_goes_on(images, tmp_path, dies_at):
     "Of 40 crops 16 are made sure of at a time; those are not asked about again."
     crops, whole, half = Crops(images, 32, views=4), teacher(), teacher()
-    expected = fill({'small': whole}, crops, tmp_path/'whole')['small']
+    expected = load_strict({'small': whole}, crops, tmp_path/'whole')['small']
     assert sum(whole.asked) == 1 + crops.rows == 41   # the first is the grey image that tells the shapes
     ask = half.features
     def dying(pixels):
         if len(half.asked) == dies_at + 1: raise Killed
         return ask(pixels)
     half.features = dying
-    with pytest.raises(Killed): fill({'small': half}, crops, tmp_path/'half')
+    with pytest.raises(Killed): load_strict({'small': half}, crops, tmp_path/'half')
     assert not [path for path in (tmp_path/'half').iterdir() if path.suffix != '.part']   # nobody reads it yet
     half.features = ask
     half.asked.clear()
-    found = fill({'small': half}, crops, tmp_path/'half')['small']
+    found = load_strict({'small': half}, crops, tmp_path/'half')['small']
     assert sum(half.asked) == 1 + crops.rows - dies_at//16*16
     for a, b in ((expected.summary, found.summary), (expected.spatial, found.spatial)): np.testing.assert_array_equal(a, b)
     half.asked.clear()
-    fill({'small': half}, crops, tmp_path/'half')
+    load_strict({'small': half}, crops, tmp_path/'half')
     assert not half.asked and [path.suffix for path in (tmp_path/'half').iterdir()] == ['']
 
 
 def test_a_name_is_not_enough_to_share(images, tmp_path):
     "Two teachers of one name with other weights; and each answers as it would without a cache."
     crops, one, other = Crops(images, 32, views=2), teacher(0), teacher(1)
-    cached = [fill({'small': each}, crops, tmp_path)['small'] for each in (one, other)]
+    cached = [load_strict({'small': each}, crops, tmp_path)['small'] for each in (one, other)]
     assert len(list(tmp_path.iterdir())) == 2
     crop = crops[13]
     for each, known in zip((one, other), cached):
@@ -86,7 +88,7 @@ def test_a_name_is_not_enough_to_share(images, tmp_path):
 
 def test_what_half_precision_cannot_hold_is_refused(images, tmp_path):
     with pytest.raises(BadInput, match='teacher small gives values up to .*half precision cannot hold: leave out --cache') as refused:
-        fill({'small': teacher(loud=1e6)}, Crops(images, 32, views=2), tmp_path)
+        load_strict({'small': teacher(loud=1e6)}, Crops(images, 32, views=2), tmp_path)
     assert '\n' not in str(refused.value)
     assert all(path.suffix == '.part' for path in tmp_path.iterdir())
 
@@ -104,7 +106,7 @@ def test_a_full_disk_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
 
 def test_one_changed_image_changes_the_key(tmp_path):
     folder, small = small_images(tmp_path/'images', 4), teacher()
-    def key(): return cache_key(small, Crops(open_images(folder), 32, views=2), images_print(open_images(folder)))
+    def key(): return cache_key(small, Crops(open_images(folder), 32, views=2), images_fingerprint(open_images(folder)))
     first = key()
     assert key() == first
     file = Path(folder)/'02.png'
@@ -121,7 +123,7 @@ def test_one_changed_image_within_a_file_changes_the_key(tmp_path):
     def png(shade):
         Image.new('RGB', (32, 32), (shade, 0, 0)).save(file := io.BytesIO(), 'png')
         return {'bytes': file.getvalue(), 'path': None}
-    def key(*shades): return images_print(Dataset.from_dict({'image': [png(shade) for shade in shades]}, features=UNDECODED))
+    def key(*shades): return images_fingerprint(Dataset.from_dict({'image': [png(shade) for shade in shades]}, features=UNDECODED))
     assert key(1, 2, 3) == key(1, 2, 3)
     assert len({key(1, 2, 3), key(1, 2, 4), key(2, 1, 3), key(1, 2)}) == 4
 
@@ -132,7 +134,7 @@ def test_a_row_without_an_image_can_be_in_a_cached_set(tmp_path):
     rows = open_images(str(tmp_path/'images.parquet'))['image']
     holes = Dataset.from_dict({'image': [*rows, None]}, features=UNDECODED)
     crops = Crops(holes, 32, views=1)
-    cached = fill({'small': teacher()}, crops, tmp_path/'cache')['small']
+    cached = load_strict({'small': teacher()}, crops, tmp_path/'cache')['small']
     assert len(cached.spatial) == 4 and np.isfinite(cached.spatial).all()
 
 

@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from radio_nb import cli
-from radio_nb.data import decode, open_images
-from radio_nb.student import Student
+from radio_nb.data.images import decode, open_images
+from radio_nb.models.student import Student
 
 
 def replaced(flag, *values):

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.testing import assert_close
 
-from radio_nb.data import Crops, StreamedCrops, centre_crop, hold_out, image_batches, open_images, random_box, random_crop, stream_of
-from radio_nb.draws import as_share, uniform
-from radio_nb.features import BadInput
+from radio_nb.data.crops import Crops, centre_crop, image_batches, random_box, random_crop
+from radio_nb.data.images import hold_out, open_images
+from radio_nb.data.streams import StreamedCrops, crop_stream
+from radio_nb.models.randomness import rng_shard, uniform
+from radio_nb.targets.bad_input import BadInput
 
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0   # seconds that a stream of Parquet waits for Arrow's threads at its end
 
@@ -61,7 +63,7 @@ def test_a_share_of_a_share_is_what_slicing_twice_gives(shares, n):
     whole = torch.manual_seed(0) and torch.rand(n*int(np.prod([world for _, world in shares])), 2)
     torch.manual_seed(0)
     with ExitStack() as stack:
-        for share in shares: stack.enter_context(as_share(*share))
+        for share in shares: stack.enter_context(rng_shard(*share))
         drawn = uniform(n, 2)
     for rank, world in shares: whole = whole[rank::world]
     assert torch.equal(drawn, whole)
@@ -136,7 +138,7 @@ def test_a_source_without_images_is_refused(tmp_path):
 def test_held_out_images_never_come_back(tmp_path, files):
     images = open_images('stream:' + write(tmp_path/'all', [encoded(i) for i in range(23)], files))
     rest, held = hold_out(images, 8)
-    kept, seen = {row['bytes'] for row in held['image']}, [row['bytes'] for row in islice(stream_of(rest, 16).undecoded(0), 45)]
+    kept, seen = {row['bytes'] for row in held['image']}, [row['bytes'] for row in islice(crop_stream(rest, 16).undecoded(0), 45)]
     assert len(kept) == 8 and len(set(seen)) == 15 and not kept & set(seen)
     assert hold_out(images, 0)[0] is images and len(hold_out(images, 0)[1]) == 0
     with pytest.raises(BadInput, match='cannot hold out 23 of 23 images'): hold_out(images, 23)
@@ -178,7 +180,7 @@ def test_without_views_there_are_no_rows(sources):
     for ask in (lambda: crops.rows, lambda: crops.row(0), crops.by_row):
         with pytest.raises(ValueError, match='only where each image has a fixed number of views'): ask()
     for stream in (False, True): assert next(image_batches(crops_of(sources[1], stream), 4, 1)).rows.tolist() == [-1]*4
-    with pytest.raises(BadInput, match='a stream have no fixed views'): stream_of(open_images('stream:zoo:photos'), 16, views=2)
+    with pytest.raises(BadInput, match='a stream have no fixed views'): crop_stream(open_images('stream:zoo:photos'), 16, views=2)
 
 
 def test_a_span_must_lie_in_the_batch(sources):

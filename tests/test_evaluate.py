@@ -22,28 +22,16 @@ from scipy.stats import rankdata
 from torch.testing import assert_close
 
 from radio_nb import cli, suites
-from radio_nb.data import open_images
-from radio_nb.features import BadInput
-from radio_nb.knn import in_order, knn_accuracy, labelled_images
-from radio_nb.recipe import Recipe, recipe_toml
-from radio_nb.student import Student
-from radio_nb.suites import (
-    Readable,
-    Score,
-    Sets,
-    average_ranks,
-    by_seed,
-    drawn,
-    extract,
-    interleaved,
-    keep_scores,
-    load_scores,
-    own_features,
-    ranks,
-    student_subject,
-    zero_shot_suite,
-)
-from radio_nb.zoo import photographs
+from radio_nb.data.images import open_images
+from radio_nb.targets.bad_input import BadInput
+from radio_nb.evaluation.knn import knn_accuracy
+from radio_nb.evaluation.labelled import in_order, labelled_images
+from radio_nb.training.recipe import Recipe, recipe_toml
+from radio_nb.models.student import Student
+from radio_nb.evaluation.compare import average_ranks, by_seed, ranks
+from radio_nb.evaluation.scores import Score, EvalData, save_scores, load_scores
+from radio_nb.evaluation.suites import ReadableImages, shuffled_subset, extract, interleaved, own_features, student_eval_model, zero_shot_suite
+from radio_nb.models.zoo import photographs
 
 quick = settings(max_examples=50, deadline=None)
 
@@ -178,7 +166,7 @@ def test_what_is_missing_is_named_by_its_flag(mine, refused, labelled, masks):
 def test_images_that_cannot_be_read_do_not_count(tmp_path, refused, mine):
     for i in range(3): Image.new('RGB', (40, 40), (i*80, 0, 0)).save(tmp_path/f'{i}.png')
     (tmp_path/'bad.png').write_text('no image')
-    judged = Readable(open_images(str(tmp_path)), (32, 32))
+    judged = ReadableImages(open_images(str(tmp_path)), (32, 32))
     assert [len(batch) for batch in judged] == [3] and (judged.n, judged.of) == (3, 3)
     assert list(judged.skipped) == [str(tmp_path/'bad.png')]
     (tmp_path/'all').mkdir()
@@ -252,9 +240,9 @@ def test_nothing_is_said_of_a_set_that_was_not_seen():
 
 def test_a_limit_takes_the_beginning_of_one_order(labelled):
     images, labels, _ = labelled_images(str(labelled/'train'))
-    (few, few_y), (more, more_y) = drawn(images, labels, 6), drawn(images, labels, 20)
+    (few, few_y), (more, more_y) = shuffled_subset(images, labels, 6), shuffled_subset(images, labels, 20)
     assert [row['image'] for row in few] == [row['image'] for row in more][:6] and few_y.tolist() == more_y.tolist()[:6]
-    assert len(set(few_y.tolist())) > 1 and len(drawn(images)[0]) == 36
+    assert len(set(few_y.tolist())) > 1 and len(shuffled_subset(images)[0]) == 36
     assert all(f'class_{y}' in row['image']['path'] for y, row in zip(more_y, more))
 
 
@@ -270,16 +258,16 @@ def test_zero_shot_asks_the_head_of_a_clip_model(labelled):
     torch.manual_seed(0)
     spec = 'open_clip:ViT-B-32@random'
     student = Student('test_vit', {'clip': (5, 6), 'mute': (0, 6), 'other': (5, 6)}).eval()
-    subject = student_subject(student, (64, 64), {'clip': spec, 'mute': 'open_clip:ViT-B-16@random', 'other': 'zoo:u2netp'})
+    subject = student_eval_model(student, (64, 64), {'clip': spec, 'mute': 'open_clip:ViT-B-16@random', 'other': 'zoo:u2netp'})
     assert list(subject.texts) == [spec]
     images, labels, _ = labelled_images(str(labelled/'test'))
     with torch.no_grad(): said = torch.cat([student(batch)['clip'].summary for batch in in_order(images, 64)])
     directions = torch.stack([said[labels == c].mean(0) for c in range(3)])   # each class by its own mean
-    score, = zero_shot_suite(subject, Sets(test=str(labelled/'test')), {spec: directions})
+    score, = zero_shot_suite(subject, EvalData(test=str(labelled/'test')), {spec: directions})
     wanted = (torch.cosine_similarity(said[:, None], directions, dim=-1).argmax(1) == labels).double().mean().item()
     assert (score.measure, score.n) == ('zero-shot top1, ViT-B-32', 18)
     assert_close(score.value, wanted)
-    assert zero_shot_suite(subject._replace(texts={}), Sets(test=str(labelled/'test')), {spec: directions}) == []
+    assert zero_shot_suite(subject._replace(texts={}), EvalData(test=str(labelled/'test')), {spec: directions}) == []
 
 
 def test_zero_shot_needs_names(tmp_path):
@@ -318,9 +306,9 @@ def evaluated(folder, recipe, **values):
     folder.mkdir(parents=True)
     (folder/'recipe.toml').write_text(recipe_toml(recipe))
     suite = {'knn': 'knn', 'linear': 'linear', 'mse': 'match'}
-    keep_scores(folder, [Score('student', {'mse': 'mse, clip'}.get(name, name), *(value if isinstance(value, tuple) else (value, 400)), 400,
+    save_scores(folder, [Score('student', {'mse': 'mse, clip'}.get(name, name), *(value if isinstance(value, tuple) else (value, 400)), 400,
                                suite[name], 'pets') for name, value in values.items()])
-    keep_scores(folder, [Score('clip', 'knn', .99, 400, 400, 'knn', 'pets')])
+    save_scores(folder, [Score('clip', 'knn', .99, 400, 400, 'knn', 'pets')])
     return folder
 
 

@@ -13,10 +13,10 @@ from children import Children, command, small_images, train
 from test_kills import losses
 
 from radio_nb import cli
-from radio_nb.recipe import Recipe
-from radio_nb.runs import load_checkpoint
-from radio_nb.student import Student
-from radio_nb.train import distill
+from radio_nb.training.recipe import Recipe
+from radio_nb.training.run_folder import load_checkpoint
+from radio_nb.models.student import Student
+from radio_nb.training.train import distill
 
 
 def recipe_at(home, **fields):
@@ -95,7 +95,7 @@ def test_a_run_whose_worker_died_goes_on(tmp_path):
 
 def _named(recipe):
     "A run whose error the command would print."
-    from radio_nb.features import BadInput
+    from radio_nb.targets.bad_input import BadInput
     try: distill(recipe)
     except BadInput as e: raise SystemExit(print(e) or 2) from e
 

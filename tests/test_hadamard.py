@@ -6,19 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from radio_nb.features import BadInput
-from radio_nb.hadamard import (
-    CONSTRUCTIONS,
-    HadamardError,
-    construction,
-    fwht,
-    hadamard,
-    is_known_order,
-    jacobsthal,
-    powers_of_x,
-    prime_power,
-    recipe,
-)
+from radio_nb.targets.bad_input import BadInput
+from radio_nb.appendix.hadamard_search import fwht
+from radio_nb.targets.hadamard import CONSTRUCTIONS, HadamardError, construction, hadamard, is_known_order, jacobsthal, powers_of_x, prime_power, recipe
 
 KNOWN = [n for n in range(1, 1025) if is_known_order(n)]
 

@@ -10,21 +10,12 @@ from test_train import same_weights, start, wait_for
 from torch.testing import assert_close
 
 from radio_nb import information
-from radio_nb.cli import main
-from radio_nb.features import BadInput, Features
-from radio_nb.flow import Flow, fit_flow, modules_from
-from radio_nb.information import (
-    Bottleneck,
-    ControlledFlowLoss,
-    EntropyModel,
-    RateDistortion,
-    Said,
-    fit_modules,
-    gaussian_bits,
-    measure_modules,
-    rate_distortion_loss,
-    water_filling,
-)
+from radio_nb.front.cli import main
+from radio_nb.targets.bad_input import BadInput
+from radio_nb.targets.features import Features
+from radio_nb.cifd.cifd import CIFDLoss, fit_rd_modules, load_rd_modules
+from radio_nb.cifd.controlled_flow import Bottleneck, ControlledFlowLoss, ModelOutput
+from radio_nb.cifd.rate_distortion import EntropyModel, RateDistortion, fit_modules, gaussian_bits, measure_modules, rate_distortion_loss, water_filling
 
 INFORMED = [*SMALL, '--information', '10', '1', '--information-steps', '5']
 
@@ -97,7 +88,7 @@ def test_equal_variances_have_a_closed_form():
 
 
 def test_a_batch_of_modules_is_as_many_single_ones(monkeypatch):
-    monkeypatch.setattr(information, 'through_channel', lambda code, training: code)   # noise would be drawn in another order
+    monkeypatch.setattr(information, 'noise_or_round', lambda code, training: code)   # noise would be drawn in another order
     torch.manual_seed(0)
     x, rates = torch.randn(32, 6), (1., 10., 100.)
     together = RateDistortion(6, *rates, hidden=8)
@@ -156,7 +147,7 @@ def test_a_bottleneck_can_be_left_out_in_evaluation():
 
 def test_every_source_may_be_left_out():
     loss = ControlledFlowLoss({'teacher': 1., 'R=1': 1.})
-    x, y = Said(torch.ones(2, 3)), Said(torch.zeros(2, 3))
+    x, y = ModelOutput(torch.ones(2, 3)), ModelOutput(torch.zeros(2, 3))
     total, terms = loss(x, {'teacher': y, 'R=1': y}, kept={'teacher': False, 'R=1': False})
     assert total == 0 and terms['teacher'] == terms['R=1'] == 1
 
@@ -165,16 +156,16 @@ def test_a_teacher_without_weight_gets_no_modules():
     torch.manual_seed(0)
     modules = {name: RateDistortion(3, 1.).eval() for name in 'ab'}
     features = {name: Features(torch.zeros(1, 2), torch.randn(1, 2, 2, 3)) for name in 'ab'}
-    total, terms = Flow(modules, {'a': 0., 'b': 2.}, dropout=0.)(features, features)
+    total, terms = CIFDLoss(modules, {'a': 0., 'b': 2.}, dropout=0.)(features, features)
     assert terms['a'] == {} and set(terms['b']) == {'R=1'}
     assert_close(total, 2*terms['b']['R=1'])
 
 
 def test_modules_come_back_from_their_tensors():
     x = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))*torch.tensor([3., 2., 1., 1., .01, .01, .01, .01])
-    modules, curve = fit_flow(x, (1., 10.), steps=3)
+    modules, curve = fit_rd_modules(x, (1., 10.), steps=3)
     assert curve['code'] == 4 and curve['width'] == 8 and curve['vectors'] == 200
-    assert_close(modules_from(modules.state_dict())(x).reconstruction, modules(x).reconstruction, rtol=0, atol=0)
+    assert_close(load_rd_modules(modules.state_dict())(x).reconstruction, modules(x).reconstruction, rtol=0, atol=0)
 
 
 @pytest.fixture(scope='module')
@@ -217,4 +208,4 @@ def test_rates_must_be_positive_and_different(rates, tmp_path, capsys):
 
 
 def test_too_few_vectors_are_refused():
-    with pytest.raises(BadInput, match='3 vectors are too few'): fit_flow(torch.randn(3, 4), (1.,))
+    with pytest.raises(BadInput, match='3 vectors are too few'): fit_rd_modules(torch.randn(3, 4), (1.,))

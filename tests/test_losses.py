@@ -8,19 +8,13 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 import radio_nb.phi_s  # noqa: F401, registers its normalizers
-from radio_nb.features import BadInput, Features, resample
-from radio_nb.losses import (
-    BALANCES,
-    METHODS,
-    SPATIAL_LOSSES,
-    AdaLoss,
-    MultiTeacherLoss,
-    UncertaintyWeights,
-    same_grid,
-    spatial_loss,
-    summary_loss,
-)
-from radio_nb.normalizers import KINDS
+from radio_nb.targets.bad_input import BadInput
+from radio_nb.targets.features import Features, resample
+from radio_nb.losses.balancing import BALANCES, AdaLoss, UncertaintyWeights
+from radio_nb.losses.losses import SPATIAL_LOSSES, same_grid, spatial_loss, summary_loss
+from radio_nb.losses.methods import METHODS
+from radio_nb.losses.multi_teacher import MultiTeacherLoss
+from radio_nb.targets.normalizers import KINDS
 
 sizes = st.tuples(st.integers(1, 7), st.integers(1, 7))
 kinds = st.sampled_from(sorted(SPATIAL_LOSSES))

@@ -17,11 +17,13 @@ from torch.testing import assert_close
 
 import radio_nb.phi_s  # noqa: F401  registers phi-s
 from radio_nb import knn
-from radio_nb.features import BadInput, Features
-from radio_nb.knn import features_of, in_order, knn_accuracy, knn_predict, labelled_images, nearest
-from radio_nb.match import Match, linear_cka, rankme, teacher_match
-from radio_nb.moments import Moments
-from radio_nb.normalizers import fit_normalizer
+from radio_nb.targets.bad_input import BadInput
+from radio_nb.targets.features import Features
+from radio_nb.evaluation.knn import knn_accuracy, knn_predict, nearest
+from radio_nb.evaluation.labelled import features_of, in_order, labelled_images
+from radio_nb.evaluation.match import Match, linear_cka, rankme, teacher_match
+from radio_nb.targets.moments import Moments
+from radio_nb.targets.normalizers import fit_normalizer
 
 quick = settings(max_examples=30, deadline=None)
 seeds = st.integers(0, 2**31)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from radio_nb import moments as chapter
-from radio_nb.moments import Moments, NonFinite, float64_home, sums_in_chunks
+from radio_nb.targets.moments import Moments, NonFinite, float64_home, sums_in_chunks
 
 quick = settings(max_examples=30, deadline=None)
 seeds = st.integers(0, 2**31)

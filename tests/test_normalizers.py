@@ -7,9 +7,9 @@ from torch import nn
 from torch.testing import assert_close
 
 import radio_nb.phi_s  # noqa: F401  registers hca and phi-s
-from radio_nb.hadamard import is_known_order
-from radio_nb.moments import Moments
-from radio_nb.normalizers import FLOOR, KINDS, Normalizer, eigenbasis, fit_normalizer, in_slices
+from radio_nb.targets.hadamard import is_known_order
+from radio_nb.targets.moments import Moments
+from radio_nb.targets.normalizers import FLOOR, KINDS, Normalizer, eigenbasis, fit_normalizer, in_slices
 
 ALL = ['none', 'global', 'standardize', 'pca', 'zca', 'hca', 'phi-s']
 WHITENINGS = ['pca', 'zca', 'hca']

@@ -16,19 +16,9 @@ from sklearn.linear_model import LogisticRegression
 from torch.testing import assert_close
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from radio_nb.features import BadInput
-from radio_nb.probes import (
-    STRENGTHS,
-    cached_grids,
-    confusion,
-    fit_classifier,
-    iou_by_class,
-    linear_probe,
-    mean_iou,
-    segment,
-    segmentation_images,
-    segmentation_probe,
-)
+from radio_nb.targets.bad_input import BadInput
+from radio_nb.evaluation.linear_probe import STRENGTHS, fit_classifier, linear_probe
+from radio_nb.evaluation.segmentation import cached_grids, confusion, iou_by_class, mean_iou, segment, segmentation_images, segmentation_probe
 
 
 def clouds(n=120, width=6, classes=3, seed=0):

@@ -9,15 +9,17 @@ from children import Children, command, small_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from radio_nb.data import Batch
-from radio_nb.features import BadInput, Features
-from radio_nb.losses import MultiTeacherLoss
-from radio_nb.normalizers import Normalizer
-from radio_nb.recipe import Partition, Recipe, Stage, read_recipe
-from radio_nb.schedule import Leg, Part, legs
-from radio_nb.statistics import Source, load_normalizers
-from radio_nb.student import Student
-from radio_nb.train import Step, Trainer, distill, new_step
+from radio_nb.data.crops import Batch
+from radio_nb.targets.bad_input import BadInput
+from radio_nb.targets.features import Features
+from radio_nb.losses.multi_teacher import MultiTeacherLoss
+from radio_nb.targets.normalizers import Normalizer
+from radio_nb.training.recipe import Partition, Recipe, Stage, read_recipe
+from radio_nb.training.stages import StagePlan, BatchPartition, plan_stages
+from radio_nb.training.statistics import Source, load_normalizers
+from radio_nb.models.student import Student
+from radio_nb.training.train import distill, new_distill_step
+from radio_nb.training.trainer import DistillStep, Trainer
 
 TOML = '''
 images = "{images}"
@@ -78,7 +80,7 @@ def test_stages_of_three_sizes_in_one_batch_run_from_a_file(staged):
     lines = [json.loads(line) for line in (out/'metrics.jsonl').open()]
     assert [list(line['teachers']) for line in lines] == [['zoo:u2netp#64']]*2 + [list(recipe.teachers)]*4
     assert lines[1]['lr'] < recipe.lr/10 and max(lines[2]['lr'], lines[3]['lr']) > recipe.lr/2   # it rises anew in the second stage
-    parts = legs(recipe, list(recipe.teachers))[1].parts
+    parts = plan_stages(recipe, list(recipe.teachers))[1].parts
     assert [part.size for part in parts] == [(224, 224), (160, 288), (512, 512)]
 
 
@@ -103,20 +105,20 @@ def denormalized(student, name, normalizer, images):
 def test_new_statistics_leave_what_the_student_says(staged):
     "At the boundary of the run above, with the trainer's own step over it."
     recipe, out, _ = staged
-    plan, widths = legs(recipe, list(recipe.teachers)), Student.from_pretrained(out).config['teachers']
-    trainer = Trainer(new_step(recipe, widths, out), recipe, torch.device('cpu'))
+    plan, widths = plan_stages(recipe, list(recipe.teachers)), Student.from_pretrained(out).config['teachers']
+    trainer = Trainer(new_distill_step(recipe, widths, out), recipe, torch.device('cpu'))
     trainer.load_state_dict(torch.load(out/'checkpoints'/'00000002.pt', weights_only=True)['trainer'])
     old, new = (load_normalizers(recipe, widths, out, at) for at in (1, 2))
     name, images = recipe.teachers[0], torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     assert list(old) == [name] and list(new) == list(recipe.teachers)
     assert (old[name].mean - new[name].mean).abs().max() > 1e-3   # it was measured on other crops
-    def answers(normalizer):
+    def teacher_features(normalizer):
         with torch.no_grad(): return [denormalized(student.eval(), name, normalizer, images) for student in trainer.weights.students()]
-    before = answers(old[name])
+    before = teacher_features(old[name])
     optimizer = trainer.weights.optimizer
     trainer.enter(plan[1], [], new, old)
     assert trainer.weights.optimizer is not optimizer and len(before) == 2   # the student and its average
-    for a, b in zip(before, answers(new[name])): torch.testing.assert_close(a, b, atol=1e-3*a.abs().max().item(), rtol=0)
+    for a, b in zip(before, teacher_features(new[name])): torch.testing.assert_close(a, b, atol=1e-3*a.abs().max().item(), rtol=0)
     with torch.no_grad(): wrong = denormalized(trainer.student, name, old[name], images)
     assert (wrong - before[0]).abs().max() > 1e-2*before[0].abs().max()   # so that the test above means something
 
@@ -136,10 +138,10 @@ def test_over_all_rotations_the_weighted_losses_are_those_of_the_whole_batch(cas
     counts, groups, seed = case
     n, names = sum(counts), sorted({name for group in groups for name in group})
     stage = Stage(1, partitions=tuple(Partition(count/n, 32, group) for count, group in zip(counts, groups)))
-    parts = legs(Recipe('zoo:photos', tuple(names), 'x', batch_size=n, stages=(stage,)), names)[0].parts
+    parts = plan_stages(Recipe('zoo:photos', tuple(names), 'x', batch_size=n, stages=(stage,)), names)[0].parts
     random = torch.Generator().manual_seed(seed)
-    def answers(): return {name: Features(*(torch.randn(*shape, generator=random) for shape in ((n, 5), (n, 2, 2, 3)))) for name in names}
-    said, targets, ones = answers(), answers(), dict.fromkeys(names, 1.)
+    def teacher_features(): return {name: Features(*(torch.randn(*shape, generator=random) for shape in ((n, 5), (n, 2, 2, 3)))) for name in names}
+    said, targets, ones = teacher_features(), teacher_features(), dict.fromkeys(names, 1.)
     loss = MultiTeacherLoss('phi-s', ones, ones)
     total = 0
     for shift in range(n):
@@ -172,12 +174,12 @@ def test_a_teacher_that_changes_its_width_within_a_run_is_named():
         asked.append(len(images))
         width = 3 if len(asked) < 3 else 5
         return Features(torch.rand(len(images), 3), torch.rand(len(images), 4, 4, width))
-    part = Part((0, 2), (32, 32), 1., {'fickle': 1.})
+    part = BatchPartition((0, 2), (32, 32), 1., {'fickle': 1.})
     recipe = Recipe('zoo:photos', ('fickle',), '', steps=5, batch_size=2, size=32)
     loss = MultiTeacherLoss('phi-s', {'fickle': 1.}, {'fickle': 1.})
-    trainer = Trainer(Step(Few(3), loss), recipe, torch.device('cpu'))
-    leg = Leg(0, 5, (part,), (0, 5), ('fickle',))
-    trainer.enter(leg, [Source(part, None, {'fickle': fickle})], {'fickle': Normalizer.blank('phi-s', 3)})
+    trainer = Trainer(DistillStep(Few(3), loss), recipe, torch.device('cpu'))
+    stage_plan = StagePlan(0, 5, (part,), (0, 5), ('fickle',))
+    trainer.enter(stage_plan, [Source(part, None, {'fickle': fickle})], {'fickle': Normalizer.blank('phi-s', 3)})
     batch = Batch(torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8), {}, torch.tensor([-1, -1]))
     trainer(batch), trainer(batch)
     before = {key: tensor.clone() for key, tensor in trainer.state_dict()['weights'].items()}

@@ -10,11 +10,11 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.testing import assert_close
 
-from radio_nb.backbones import Transformer, find_network, new_backbone
-from radio_nb.cli import main
-from radio_nb.features import BadInput
-from radio_nb.student import Head, Student
-from radio_nb.tokens import from_windows, into_windows, windowed, windowed_blocks
+from radio_nb.models.backbones import Transformer, find_network, new_backbone
+from radio_nb.front.cli import main
+from radio_nb.targets.bad_input import BadInput
+from radio_nb.models.student import Head, Student
+from radio_nb.models.tokens import from_windows, into_windows, windowed, windowed_blocks
 
 TEACHERS = {'clip': (24, 40), 'sam': (0, 16)}
 

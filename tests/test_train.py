@@ -11,14 +11,15 @@ import pytest
 import torch
 from conftest import SMALL
 
-from radio_nb.cli import main
-from radio_nb.features import BadInput, Features
-from radio_nb.moments import NonFinite
-from radio_nb.normalizers import Normalizer
-from radio_nb.runs import load_checkpoint
-from radio_nb.statistics import measure
-from radio_nb.student import Student
-from radio_nb.train import check_losses, check_width
+from radio_nb.front.cli import main
+from radio_nb.targets.bad_input import BadInput
+from radio_nb.targets.features import Features
+from radio_nb.targets.moments import NonFinite
+from radio_nb.targets.normalizers import Normalizer
+from radio_nb.training.run_folder import load_checkpoint
+from radio_nb.training.statistics import measure
+from radio_nb.models.student import Student
+from radio_nb.training.trainer import check_losses, check_width
 
 
 def start(*args):

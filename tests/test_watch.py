@@ -11,8 +11,8 @@ from conftest import SMALL
 from test_kills import losses
 
 from radio_nb import cli
-from radio_nb.recipe import Recipe
-from radio_nb.train import distill
+from radio_nb.training.recipe import Recipe
+from radio_nb.training.train import distill
 
 pytest.importorskip('tensorboard')
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402

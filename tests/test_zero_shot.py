@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import radio_nb.zero_shot as zero_shot
-from radio_nb.features import BadInput
-from radio_nb.zero_shot import TEMPLATES, TextTower, cached_embeddings, class_embeddings, zero_shot_accuracy
+from radio_nb.targets.bad_input import BadInput
+from radio_nb.evaluation.zero_shot import TEMPLATES, TextTower, cached_embeddings, class_embeddings, zero_shot_accuracy
 
 ARCH = 'ViT-S-32-alt'
 
