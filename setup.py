@@ -9,6 +9,7 @@ settings = ConfigParser(delimiters=['='])
 settings.read(here/'settings.ini', encoding='utf-8')
 cfg = settings['DEFAULT']
 extras = {name: cfg[f'{name}_requirements'].split() for name in ('zoo', 'notebooks', 'dev')}
+pythons = [f'3.{minor}' for minor in range(int(cfg['min_python'].split('.')[1]), int(cfg['max_python'].split('.')[1]) + 1)]
 
 setup(
     name=cfg['lib_name'],
@@ -19,13 +20,18 @@ setup(
     author=cfg['author'],
     author_email=cfg['author_email'],
     url=cfg['git_url'],
+    project_urls={'Documentation': cfg['doc_host'] + cfg['doc_baseurl'], 'Source': cfg['git_url'],
+                  'Issues': cfg['git_url'] + '/issues', 'Changelog': cfg['git_url'] + '/blob/main/CHANGELOG.md'},
     license='Apache-2.0',
+    license_files=['LICENSE'],
     keywords=cfg['keywords'],
-    classifiers=['Programming Language :: Python :: 3', 'Intended Audience :: Science/Research',
-                 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
+    classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research', 'Intended Audience :: Developers',
+                 'Operating System :: OS Independent', 'Topic :: Scientific/Engineering :: Artificial Intelligence',
+                 'Topic :: Scientific/Engineering :: Image Recognition', 'Typing :: Typed', 'Programming Language :: Python :: 3',
+                 *(f'Programming Language :: Python :: {version}' for version in pythons)],
     python_requires=f'>={cfg["min_python"]}',
     packages=find_packages(include=['radio_nb', 'radio_nb.*']),
-    package_data={'radio_nb': ['weights/*']},
+    package_data={'radio_nb': ['weights/*', 'py.typed']},
     install_requires=cfg['requirements'].split(),
     extras_require=extras,
     entry_points={'console_scripts': cfg['console_scripts'].split()},

@@ -1,9 +1,16 @@
 """Make README.md from nbs/index.ipynb: `python .ci/readme.py`, or `--check` to see whether they agree."""
 import json
+import re
 import sys
 from pathlib import Path
 
 root = Path(__file__).parent.parent
+
+
+def from_root(match):
+    "A link as it is seen from the repository's root: the index lies in nbs/."
+    before, target, after = match.groups()
+    return f'{before}nbs/{target}{after}' if (root/'nbs'/target).exists() else match[0]
 
 
 def readme():
@@ -11,7 +18,7 @@ def readme():
     blocks = []
     for cell in json.loads((root/'nbs/index.ipynb').read_text(encoding='utf-8'))['cells']:
         source = ''.join(cell['source'])
-        if cell['cell_type'] == 'markdown': blocks.append(source)
+        if cell['cell_type'] == 'markdown': blocks.append(re.sub(r'(\]\()([^)#:]+)(\))', from_root, source))
         elif not source.startswith('#|'): blocks.append(f'```python\n{source}\n```')
     return '<!-- Made from nbs/index.ipynb by .ci/readme.py: edit the notebook. -->\n\n' + '\n\n'.join(blocks) + '\n'
 

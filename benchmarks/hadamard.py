@@ -8,18 +8,18 @@ import torch
 from timing import arguments, fastest
 
 from radio_nb.appendix.hadamard_search import fwht
-from radio_nb.targets.hadamard import hadamard, is_known_order, recipe
+from radio_nb.targets.hadamard import hadamard, is_known_order, kronecker_factors
 
 
 def build(order):
-    "`hadamard(order)`, with the recipe searched for anew."
-    recipe.cache_clear()
+    "`hadamard(order)`, with its factors searched for again."
+    kronecker_factors.cache_clear()
     return hadamard(order)
 
 
 def known_orders(last=2048):
-    "All known orders up to `last`, searched for anew."
-    recipe.cache_clear()
+    "All known orders up to `last`, searched for again."
+    kronecker_factors.cache_clear()
     return [n for n in range(1, last + 1) if is_known_order(n)]
 
 

@@ -8,10 +8,9 @@ float64 already, so the conversion, the mean and the subtraction are ours to pay
 import torch
 from timing import arguments, fastest, ratio, report
 
-import radio_nb.phi_s  # noqa: F401  registers phi-s
-from radio_nb.targets.hadamard import hadamard, recipe
+from radio_nb.targets.hadamard import hadamard, kronecker_factors
 from radio_nb.targets.moments import Moments
-from radio_nb.targets.normalizers import fit_normalizer
+from radio_nb.targets.phi_s import fit_normalizer
 
 WIDTHS = 192, 768, 1280
 
@@ -23,8 +22,8 @@ def features(rows, width, device):
 
 
 def build(order):
-    "`hadamard(order)`, with its recipe searched for anew."
-    recipe.cache_clear()
+    "`hadamard(order)`, with its factors searched for again."
+    kronecker_factors.cache_clear()
     return hadamard(order)
 
 

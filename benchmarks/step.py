@@ -18,13 +18,13 @@ from radio_nb.data.crops import Crops, image_batches
 from radio_nb.data.images import open_images
 from radio_nb.losses.losses import spatial_loss, summary_loss
 from radio_nb.losses.multi_teacher import MultiTeacherLoss
-from radio_nb.targets.normalizers import fit_normalizer
+from radio_nb.targets.phi_s import fit_normalizer
 from radio_nb.training.recipe import Recipe
 from radio_nb.training.stages import plan_stages
 from radio_nb.training.statistics import Source, measure
 from radio_nb.models.student import Student
 from radio_nb.models.teachers import load_teacher
-from radio_nb.training.trainer import DistillStep, Trainer, normalized
+from radio_nb.training.trainer import DistillStep, Trainer, normalize_targets
 
 SIZE, SPECS = 160, {'efficientnet-lite0': 'zoo:efficientnet-lite0#160', 'u2netp': 'zoo:u2netp#128'}
 
@@ -41,7 +41,7 @@ def new_trainer(crops, cached):
     recipe = Recipe('', tuple(SPECS.values()), '', size=SIZE, steps=10_000, batch_size=args.batch, device=args.device)
     loss, stage_plan = MultiTeacherLoss('phi-s', dict.fromkeys(SPECS, 1.), dict.fromkeys(SPECS, 1.)), plan_stages(recipe, list(SPECS))[0]
     trainer = Trainer(DistillStep(new_student(), loss), recipe, device)
-    trainer.enter(stage_plan, [Source(stage_plan.parts[0], crops, teachers, cached)], normalizers)
+    trainer.start_stage(stage_plan, [Source(stage_plan.parts[0], crops, teachers, cached)], normalizers)
     return trainer
 
 
@@ -71,7 +71,7 @@ def bare_step(images, targets=None):
 def compare(what, crops, cached, target):
     "One line: the trainer's step over the bare one, on one batch of `crops`."
     batch = next(image_batches(crops, args.batch, 1))
-    targets = normalized(teacher_features(teachers, batch, device, cached), normalizers, 0) if cached else None
+    targets = normalize_targets(teacher_features(teachers, batch, device, cached), normalizers, 0) if cached else None
     trainer, bare = new_trainer(crops, cached), bare_step(batch.images, targets)
     report(what, ratio(lambda: trainer(batch), bare, args.steps), target)
 

@@ -1,27 +1,64 @@
+"""Distil several vision foundation models into one student.
+
+`radio_nb.distill`, `Run`, `Recipe`, `Student` and `load_teacher` are loaded when they are first used, so that
+`import radio_nb` costs nothing. All else is imported from the part it lives in, as in
+`from radio_nb.targets.phi_s import fit_normalizer`.
+"""
 __version__ = "0.1.0"
 
+import importlib
+import importlib.abc
 import importlib.util
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    from radio_nb.front.run import Run, distill
+    from radio_nb.models.student import Student
+    from radio_nb.models.teachers import load_teacher
+    from radio_nb.training.recipe import Recipe
+
+_homes = {'distill': 'front.run', 'Run': 'front.run', 'Recipe': 'training.recipe', 'Student': 'models.student',
+          'load_teacher': 'models.teachers'}
+__all__ = list(_homes)
 
 
-def _declare_torchvision_operators():
-    """Let torchvision be imported where its compiled operators do not fit the installed torch.
+def __getattr__(name):
+    if name not in _homes: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(importlib.import_module(f'radio_nb.{_homes[name]}'), name)
+
+
+def __dir__(): return sorted([*globals(), *_homes])
+
+
+class _BeforeTorchvision(importlib.abc.MetaPathFinder):
+    """Lets torchvision be imported where its compiled operators do not fit the installed torch.
 
     The torchvision on PyPI is linked to CUDA. Beside a CPU-only torch its library does not load, and then its
     import, and timm's and open_clip's with it, dies with `operator torchvision::nms does not exist`. Declaring
     the two operators that the import asks for is enough: nothing here calls them. It must happen before anyone
-    imports timm, hence in this file, the only one in the package that no notebook writes.
+    imports torchvision, hence in this file, the only one in the package that no notebook writes; and not earlier,
+    since it needs torch, which takes seconds to load.
     """
-    spec = importlib.util.find_spec('torchvision')
-    if spec is None: return None
-    try:
-        for library in Path(spec.origin).parent.glob('_C*'): torch.ops.load_library(library)
-    except OSError:
-        operators = torch.library.Library('torchvision', 'FRAGMENT')
-        for name in ('nms', 'qnms'): operators.define(f'{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
-        return operators
+    operators = None  # kept alive: the operators vanish with the library
+
+    def find_spec(self, name, path, target=None):
+        if name != 'torchvision': return None
+        sys.meta_path.remove(self)
+        self._declare()
+        return None   # the ordinary finders go on
+
+    def _declare(self):
+        import torch
+        spec = importlib.util.find_spec('torchvision')
+        if spec is None: return
+        try:
+            for library in Path(spec.origin).parent.glob('_C*'): torch.ops.load_library(library)
+        except OSError:
+            library = torch.library.Library('torchvision', 'FRAGMENT')
+            for name in ('nms', 'qnms'): library.define(f'{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
+            _BeforeTorchvision.operators = library
 
 
-_torchvision_operators = _declare_torchvision_operators()  # kept alive: the operators vanish with the library
+if 'torchvision' not in sys.modules: sys.meta_path.insert(0, _BeforeTorchvision())

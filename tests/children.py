@@ -18,12 +18,13 @@ from safetensors.torch import save_file
 
 from radio_nb.front.cli import main
 from radio_nb.data.files import Stopped
-from radio_nb.training.train import distill
+from radio_nb.training.train import run_recipe
 from radio_nb.models.zoo import photographs
 
 # in the server nothing has computed yet: a fork of a process with busy threads would hang
 server = multiprocessing.get_context('forkserver')
-server.set_forkserver_preload(['radio_nb.cli', 'PIL.AvifImagePlugin', 'torch._dynamo'])   # what is imported late, too
+server.set_forkserver_preload(['radio_nb.front.cli', 'radio_nb.front.run', 'radio_nb.front.evaluate', 'open_clip', 'PIL.AvifImagePlugin',
+                               'torch._dynamo'])   # what is imported late, too
 
 
 def _begin(work, args, env, log):
@@ -35,8 +36,10 @@ def _begin(work, args, env, log):
 
 def train(recipe, resume=False):
     "Run a recipe; exits with 130 where it was asked to stop, as the command does."
-    try: distill(recipe, resume)
-    except Stopped as e: raise SystemExit(print(e) or 130) from e
+    try: run_recipe(recipe, resume)
+    except Stopped as e:
+        print(e)
+        raise SystemExit(130) from e
 
 
 def command(*args):
@@ -60,7 +63,7 @@ class Children:
             self.processes.append(server.Process(target=_begin, args=(work, args, env, own)))
             self.processes[-1].start()
 
-    def said(self): return '\n'.join(log.read_text() for log in self.logs if log.exists())
+    def output(self): return '\n'.join(log.read_text() for log in self.logs if log.exists())
 
     def alive(self): return any(process.is_alive() for process in self.processes)
 
@@ -69,7 +72,7 @@ class Children:
         for process in self.processes: process.join(max(0, self.begun + seconds - time.time()))
         ended = time.time() - self.begun
         for process in self.processes: process.kill()
-        assert [process.exitcode for process in self.processes] == [code]*len(self.processes), self.said()[-3000:]
+        assert [process.exitcode for process in self.processes] == [code]*len(self.processes), self.output()[-3000:]
         return ended
 
 

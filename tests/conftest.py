@@ -16,7 +16,7 @@ SMALL = ['--teachers', 'zoo:u2netp#64', '--size', '64', '--steps', '6', '--stati
 
 def radio_nb(*args, **kwargs):
     "Run the command as a user would, in a process of its own."
-    return subprocess.run([sys.executable, '-c', 'from radio_nb.cli import main; main()', *map(str, args)],
+    return subprocess.run([sys.executable, '-c', 'from radio_nb.front.cli import main; main()', *map(str, args)],
                           capture_output=True, text=True, timeout=600, **kwargs)
 
 
@@ -32,7 +32,7 @@ def run(tmp_path_factory):
 @pytest.fixture
 def refused(capsys):
     "Run the command in this process, where it must refuse: the one line that it prints, behind lines of progress."
-    from radio_nb import cli  # not above: most tests of the package need no command line
+    from radio_nb.front import cli  # not above: most tests of the package need no command line
 
     def command(*args):
         with pytest.raises(SystemExit) as exit: cli.main(list(map(str, args)))

@@ -1,4 +1,4 @@
-"What the disk remembers of the teachers: never the wrong thing, and nothing twice."
+"Teacher features on the disk: never the wrong ones, and none computed twice."
 import radio_nb  # noqa: F401, I001  before timm, so that torchvision can be imported
 import io
 import os
@@ -16,7 +16,11 @@ from datasets import Dataset
 from PIL import Image
 from torch import nn
 
-from radio_nb import cli
+from radio_nb.front import cli
+from radio_nb.training.distributed import new_accelerator
+from radio_nb.training.recipe import Recipe
+from radio_nb.training.stages import plan_stages
+from radio_nb.training.statistics import open_sources
 from radio_nb.training.teacher_cache import cache_key, fill_cache, images_fingerprint
 from radio_nb.data.crops import Crops
 from radio_nb.data.images import UNDECODED, open_images
@@ -31,21 +35,21 @@ CPU = torch.device('cpu')
 def images(tmp_path_factory): return open_images(small_images(tmp_path_factory.mktemp('cache')/'images', 10))
 
 
-def teacher(seed=0, name='small', loud=1.):
-    "A small network with random weights that counts the images it is asked about."
+def teacher(seed=0, name='small', scale=1.):
+    "A small network with random weights that counts the images it has seen."
     torch.manual_seed(seed)
     model = timm.create_model('test_vit', num_classes=0, img_size=32)
-    features, found = timm_features(model), []
-    def valid_rows(pixels):
-        found.append(len(pixels))
+    features, counts = timm_features(model), []
+    def counting(pixels):
+        counts.append(len(pixels))
         summary, spatial = features(pixels)
-        return Features(summary, spatial*loud)
-    made = Teacher(name, model, counted, 32)
-    made.asked = found
+        return Features(summary, spatial*scale)
+    made = Teacher(name, model, counting, 32)
+    made.counts = counts
     return made
 
 
-def load_strict(teachers, crops, folder): return fill_cache(teachers, crops, folder, 1, CPU)
+def fill(teachers, crops, folder): return fill_cache(teachers, crops, folder, 1, CPU)
 
 
 class Killed(BaseException):
@@ -54,31 +58,31 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize('dies_at', [3, 17, 30])
 def test_a_killed_fill_goes_on(images, tmp_path, dies_at):
-    "Of 40 crops 16 are made sure of at a time; those are not asked about again."
+    "Of 40 crops 16 are recorded at a time; their features are not computed again."
     crops, whole, half = Crops(images, 32, views=4), teacher(), teacher()
-    expected = load_strict({'small': whole}, crops, tmp_path/'whole')['small']
-    assert sum(whole.asked) == 1 + crops.rows == 41   # the first is the grey image that tells the shapes
-    ask = half.features
+    expected = fill({'small': whole}, crops, tmp_path/'whole')['small']
+    assert sum(whole.counts) == 1 + crops.rows == 41   # the first is the grey image that tells the shapes
+    features = half.features
     def dying(pixels):
-        if len(half.asked) == dies_at + 1: raise Killed
-        return ask(pixels)
+        if len(half.counts) == dies_at + 1: raise Killed
+        return features(pixels)
     half.features = dying
-    with pytest.raises(Killed): load_strict({'small': half}, crops, tmp_path/'half')
+    with pytest.raises(Killed): fill({'small': half}, crops, tmp_path/'half')
     assert not [path for path in (tmp_path/'half').iterdir() if path.suffix != '.part']   # nobody reads it yet
-    half.features = ask
-    half.asked.clear()
-    found = load_strict({'small': half}, crops, tmp_path/'half')['small']
-    assert sum(half.asked) == 1 + crops.rows - dies_at//16*16
+    half.features = features
+    half.counts.clear()
+    found = fill({'small': half}, crops, tmp_path/'half')['small']
+    assert sum(half.counts) == 1 + crops.rows - dies_at//16*16
     for a, b in ((expected.summary, found.summary), (expected.spatial, found.spatial)): np.testing.assert_array_equal(a, b)
-    half.asked.clear()
-    load_strict({'small': half}, crops, tmp_path/'half')
-    assert not half.asked and [path.suffix for path in (tmp_path/'half').iterdir()] == ['']
+    half.counts.clear()
+    fill({'small': half}, crops, tmp_path/'half')
+    assert not half.counts and [path.suffix for path in (tmp_path/'half').iterdir()] == ['']
 
 
 def test_a_name_is_not_enough_to_share(images, tmp_path):
-    "Two teachers of one name with other weights; and each answers as it would without a cache."
+    "Two teachers of one name with other weights; and each gives what it would give without a cache."
     crops, one, other = Crops(images, 32, views=2), teacher(0), teacher(1)
-    cached = [load_strict({'small': each}, crops, tmp_path)['small'] for each in (one, other)]
+    cached = [fill({'small': each}, crops, tmp_path)['small'] for each in (one, other)]
     assert len(list(tmp_path.iterdir())) == 2
     crop = crops[13]
     for each, known in zip((one, other), cached):
@@ -88,7 +92,7 @@ def test_a_name_is_not_enough_to_share(images, tmp_path):
 
 def test_what_half_precision_cannot_hold_is_refused(images, tmp_path):
     with pytest.raises(BadInput, match='teacher small gives values up to .*half precision cannot hold: leave out --cache') as refused:
-        load_strict({'small': teacher(loud=1e6)}, Crops(images, 32, views=2), tmp_path)
+        fill({'small': teacher(scale=1e6)}, Crops(images, 32, views=2), tmp_path)
     assert '\n' not in str(refused.value)
     assert all(path.suffix == '.part' for path in tmp_path.iterdir())
 
@@ -134,8 +138,21 @@ def test_a_row_without_an_image_can_be_in_a_cached_set(tmp_path):
     rows = open_images(str(tmp_path/'images.parquet'))['image']
     holes = Dataset.from_dict({'image': [*rows, None]}, features=UNDECODED)
     crops = Crops(holes, 32, views=1)
-    cached = load_strict({'small': teacher()}, crops, tmp_path/'cache')['small']
+    cached = fill({'small': teacher()}, crops, tmp_path/'cache')['small']
     assert len(cached.spatial) == 4 and np.isfinite(cached.spatial).all()
+
+
+def test_crops_of_a_draft_are_others(images):
+    keys = [cache_key(teacher(), Crops(images, 32, views=2, draft=draft), 'images') for draft in (False, True)]
+    assert keys[0] != keys[1]
+
+
+def test_a_crop_of_one_s_own_is_not_cached(images):
+    "Two of one name may cut differently."
+    recipe = Recipe('zoo:photos', ('small',), '', size=32, views=2, cache='cache')
+    plan, accelerator = plan_stages(recipe, ['small'])[0], new_accelerator(CPU)
+    with pytest.raises(BadInput, match='a cache cannot tell one crop of your own from another'):
+        open_sources(recipe, plan, images, {'small': teacher()}, accelerator, CPU, crop=lambda image, size, random: None)
 
 
 def test_a_teacher_is_more_than_its_weights(images, tmp_path):

@@ -21,17 +21,27 @@ from PIL import Image
 from scipy.stats import rankdata
 from torch.testing import assert_close
 
-from radio_nb import cli, suites
 from radio_nb.data.images import open_images
-from radio_nb.targets.bad_input import BadInput
+from radio_nb.evaluation import suites
+from radio_nb.evaluation.compare import average_ranks, ranks
 from radio_nb.evaluation.knn import knn_accuracy
 from radio_nb.evaluation.labelled import in_order, labelled_images
-from radio_nb.training.recipe import Recipe, recipe_toml
+from radio_nb.evaluation.scores import EvalData, Score, load_scores, save_scores
+from radio_nb.evaluation.suites import (
+    ReadableImages,
+    extract,
+    interleaved,
+    own_features,
+    shuffled_subset,
+    student_eval_model,
+    zero_shot_suite,
+)
+from radio_nb.front import cli
+from radio_nb.front.evaluate import by_seed
 from radio_nb.models.student import Student
-from radio_nb.evaluation.compare import average_ranks, by_seed, ranks
-from radio_nb.evaluation.scores import Score, EvalData, save_scores, load_scores
-from radio_nb.evaluation.suites import ReadableImages, shuffled_subset, extract, interleaved, own_features, student_eval_model, zero_shot_suite
 from radio_nb.models.zoo import photographs
+from radio_nb.targets.bad_input import BadInput
+from radio_nb.training.recipe import Recipe, recipe_toml
 
 quick = settings(max_examples=50, deadline=None)
 
@@ -70,10 +80,13 @@ def masks(tmp_path_factory):
     rows = []
     for a, b in zip(left, right):
         image, mask = Image.new('RGB', (64, 64)), Image.new('L', (64, 64))
-        image.paste(a.crop((0, 0, 32, 64)), (0, 0)), image.paste(b.crop((0, 0, 32, 64)), (32, 0)), mask.paste(1, (32, 0, 64, 64))
+        image.paste(a.crop((0, 0, 32, 64)), (0, 0))
+        image.paste(b.crop((0, 0, 32, 64)), (32, 0))
+        mask.paste(1, (32, 0, 64, 64))
         rows.append({'image': png(image), 'mask': png(mask)})
+    columns = Columns({'image': ImageColumn(), 'mask': ImageColumn()})
     for name, part in {'train': rows[:8], 'test': rows[8:]}.items():
-        Dataset.from_list(part, Columns({'image': ImageColumn(), 'mask': ImageColumn()})).to_parquet(folder/f'{name}.parquet')
+        Dataset.from_list(part, columns).to_parquet(folder/f'{name}.parquet')
     return folder
 
 
@@ -84,32 +97,33 @@ def mine(run, tmp_path):
 
 
 def evaluate(out, *args): cli.main(['evaluate', *map(str, [out, *args])])
-def found(out): return {(score.subject, score.measure): score for score in load_scores(out)}
+def found(out): return {(score.model, score.measure): score for score in load_scores(out)}
 
 
 def test_all_suites_beside_teachers_and_others(mine, labelled, masks, capsys):
     evaluate(mine, '--suite', 'match', 'knn', 'linear', 'segmentation', '--images', 'zoo:photos', '--limit', 12, '--k', 5,
-             '--train', labelled/'train', '--test', labelled/'test', '--masks', masks/'train.parquet', '--test-masks', masks/'test.parquet',
-             '--teachers-too', '--also', 'timm:test_vit@random#64')
+             '--train', labelled/'train', '--test', labelled/'test', '--masks', masks/'train.parquet',
+             '--test-masks', masks/'test.parquet', '--teachers-too', '--also', 'timm:test_vit@random#64')
     scores, printed = found(mine), capsys.readouterr().out
-    for subject in ('student', 'u2netp', 'test_vit'):
-        for measure in ('knn', 'linear', 'segmentation mIoU'): assert 0 <= scores[subject, measure].value <= 1
+    for model in ('student', 'u2netp', 'test_vit'):
+        for measure in ('knn', 'linear', 'segmentation mIoU'): assert 0 <= scores[model, measure].value <= 1
     assert {measure for who, measure in scores if who == 'student'} == {
         'explained, u2netp', 'mse, u2netp', 'cosine, u2netp', 'summary cosine, u2netp', 'error range, u2netp',
         'error range, normalized, u2netp', 'cka, u2netp', 'rankme, u2netp', 'knn', 'linear', 'segmentation mIoU'}
-    assert ('test_vit', 'cka, u2netp') in scores and ('u2netp', 'cka, u2netp') not in scores and ('u2netp', 'rankme, u2netp') in scores
-    assert scores['student', 'knn'].of == 24 and scores['student', 'knn'].on.endswith('12 each, k = 5')
-    assert all(score.n == score.of for score in scores.values())
+    assert ('test_vit', 'cka, u2netp') in scores and ('u2netp', 'cka, u2netp') not in scores
+    assert ('u2netp', 'rankme, u2netp') in scores
+    assert scores['student', 'knn'].total == 24 and scores['student', 'knn'].dataset.endswith('12 each, k = 5')
+    assert all(score.n == score.total for score in scores.values())
     assert 'segmentation mIoU' in printed and 'test_vit' in printed
     page = (mine/'report.html').read_text()
     assert page.count('<section id=evaluation>') == 1 == page.count('<h2>Evaluation</h2>') and 'segmentation mIoU' in page
 
 
-def test_the_vote_is_that_of_chapter_12(mine, labelled):
+def test_the_vote_is_that_of_knn_accuracy(mine, labelled):
     evaluate(mine, '--suite', 'knn', '--train', labelled/'train', '--test', labelled/'test', '--k', 3)
-    see = own_features(Student.from_pretrained(mine))
+    encode = own_features(Student.from_pretrained(mine))
     with torch.no_grad():
-        (x, y), (q, truth) = ((torch.cat([see(batch).summary for batch in in_order(images, 64)]), labels)
+        (x, y), (q, truth) = ((torch.cat([encode(batch).summary for batch in in_order(images, 64)]), labels)
                               for images, labels, _ in (labelled_images(str(labelled/name)) for name in ('train', 'test')))
     assert_close(found(mine)['student', 'knn'].value, knn_accuracy(x, y, q, truth, 3))
 
@@ -117,7 +131,7 @@ def test_the_vote_is_that_of_chapter_12(mine, labelled):
 def test_again_replaces_and_others_stay(mine, labelled):
     flags = ['--suite', 'knn', '--train', labelled/'train', '--test', labelled/'test']
     for k in (3, 4, 3): evaluate(mine, *flags, '--k', k)
-    assert [score.on[-5:] for score in load_scores(mine)] == ['k = 3', 'k = 4']
+    assert [score.dataset[-5:] for score in load_scores(mine)] == ['k = 3', 'k = 4']
     assert (mine/'report.html').read_text().count('<h2>Evaluation</h2>') == 1
     assert (mine/'report.html').read_text().endswith('</html>')
     (mine/'report.html').unlink()
@@ -143,20 +157,23 @@ def test_sizes(mine, labelled, capsys):
     evaluate(mine, '--images', labelled/'test', '--sizes', 64, '32x64')
     printed = capsys.readouterr().out
     assert 'at 64 × 64' in printed and 'at 32 × 64' in printed
-    assert {score.on.rpartition(' at ')[2] for score in load_scores(mine)} == {'64 × 64', '32 × 64'}
+    assert {score.dataset.rpartition(' at ')[2] for score in load_scores(mine)} == {'64 × 64', '32 × 64'}
 
 
 def test_what_is_missing_is_named_by_its_flag(mine, refused, labelled, masks):
-    assert 'suite knn: say which labelled images to learn from: --train FOLDER' in refused('evaluate', mine, '--suite', 'knn')
+    train, test = labelled/'train', labelled/'test'
+    missing = 'suite knn: say which labelled images to learn from: --train FOLDER'
+    assert missing in refused('evaluate', mine, '--suite', 'knn')
     assert '--test FOLDER' in refused('evaluate', mine, '--suite', 'linear', '--train', labelled)
     assert '--masks FILE' in refused('evaluate', mine, '--suite', 'segmentation')
     assert '--test-masks FILE' in refused('evaluate', mine, '--suite', 'segmentation', '--masks', masks/'train.parquet')
-    assert 'no teacher of this run matches images and texts' in refused('evaluate', mine, '--suite', 'zero-shot', '--test', labelled/'test')
-    sets = ['--suite', 'knn', '--train', labelled/'train', '--test', labelled/'test']
+    missing = 'no teacher of this run matches images and texts'
+    assert missing in refused('evaluate', mine, '--suite', 'zero-shot', '--test', test)
+    sets = ['--suite', 'knn', '--train', train, '--test', test]
     assert '--k is 50, but must be from 1 to 36' in refused('evaluate', mine, *sets, '--k', 50)
     assert 'did you mean' in refused('evaluate', mine, *sets, '--also', 'timm:resnet81')
-    assert 'has no labels' in refused('evaluate', mine, '--suite', 'knn', '--train', labelled/'train'/'class_0', '--test', labelled/'test')
-    assert 'without stream:' in refused('evaluate', mine, '--images', f'stream:{labelled}/test')
+    assert 'has no labels' in refused('evaluate', mine, '--suite', 'knn', '--train', train/'class_0', '--test', test)
+    assert 'without stream:' in refused('evaluate', mine, '--images', f'stream:{test}')
     assert '--limit is -1' in refused('evaluate', mine, *sets, '--limit', -1)
     assert not (mine/'evaluation.json').exists()
     (mine/'evaluation.json').write_text('{')
@@ -166,9 +183,9 @@ def test_what_is_missing_is_named_by_its_flag(mine, refused, labelled, masks):
 def test_images_that_cannot_be_read_do_not_count(tmp_path, refused, mine):
     for i in range(3): Image.new('RGB', (40, 40), (i*80, 0, 0)).save(tmp_path/f'{i}.png')
     (tmp_path/'bad.png').write_text('no image')
-    judged = ReadableImages(open_images(str(tmp_path)), (32, 32))
-    assert [len(batch) for batch in judged] == [3] and (judged.n, judged.of) == (3, 3)
-    assert list(judged.skipped) == [str(tmp_path/'bad.png')]
+    readable = ReadableImages(open_images(str(tmp_path)), (32, 32))
+    assert [len(batch) for batch in readable] == [3] and (readable.n, readable.total) == (3, 3)
+    assert list(readable.skipped) == [str(tmp_path/'bad.png')]
     (tmp_path/'all').mkdir()
     (tmp_path/'bad.png').rename(tmp_path/'all'/'bad.png')
     assert 'none of 1 images can be read; the first: ' in refused('evaluate', mine, '--images', tmp_path/'all')
@@ -176,29 +193,33 @@ def test_images_that_cannot_be_read_do_not_count(tmp_path, refused, mine):
 
 def interrupt(at, what, *args):
     "The command, sent SIGINT by the step `at` of the work called `what`."
-    def say(self, step, note='', before=suites.Progress.__call__):
+    def progress(self, step, note='', before=suites.Progress.__call__):
         before(self, step, note)
         if self.what.startswith(what) and step == at: os.kill(os.getpid(), signal.SIGINT)
-    suites.Progress.__call__ = say
+    suites.Progress.__call__ = progress
     suites.BATCH = 4
     command(*args)
 
 
-@pytest.mark.parametrize('at, what, partial', [(6, 'summaries of student', {'knn': 24, 'linear': 24}), (1, 'summaries of student', {}),
-                                               (5, 'zoo:photos', {'explained, u2netp': 5}), (14, 'summaries of u2netp', None)])
+@pytest.mark.parametrize('at, what, partial', [
+    (6, 'summaries of student', {'knn': 24, 'linear': 24}),
+    (1, 'summaries of student', {}),
+    (5, 'zoo:photos', {'explained, u2netp': 5}),
+    (14, 'summaries of u2netp', None),
+])
 def test_ctrl_c_leaves_what_is_known(mine, labelled, tmp_path, at, what, partial):
-    child = Children(1, tmp_path/'log', interrupt, at, what, 'evaluate', mine, '--suite', 'match', 'knn', 'linear', '--teachers-too',
-                     '--images', 'zoo:photos', '--train', labelled/'train', '--test', labelled/'test')
+    child = Children(1, tmp_path/'log', interrupt, at, what, 'evaluate', mine, '--suite', 'match', 'knn', 'linear',
+                     '--teachers-too', '--images', 'zoo:photos', '--train', labelled/'train', '--test', labelled/'test')
     child.wait(130)
-    scores, said = found(mine), child.said()
-    assert 'Traceback' not in said and 'stopped; what was found until then is in' in said
+    scores, printed = found(mine), child.output()
+    assert 'Traceback' not in printed and 'stopped; what was found until then is in' in printed
     if partial is None:   # in the last batch: all of it is known
-        assert all(score.n == score.of for score in scores.values()) and ('u2netp', 'linear') in scores
+        assert all(score.n == score.total for score in scores.values()) and ('u2netp', 'linear') in scores
         return
-    cut = {measure: score.n for (who, measure), score in scores.items() if who == 'student' and score.n < score.of}
+    cut = {measure: score.n for (who, measure), score in scores.items() if who == 'student' and score.n < score.total}
     assert partial.items() <= cut.items()
     assert all(who == 'student' for who, measure in scores if measure in ('knn', 'linear'))   # nothing was begun afterwards
-    for n in partial.values(): assert f'({n} of ' in said and f'({n} of ' in (mine/'report.html').read_text()
+    for n in partial.values(): assert f'({n} of ' in printed and f'({n} of ' in (mine/'report.html').read_text()
 
 
 def weigh(*args):
@@ -216,9 +237,10 @@ def test_memory_does_not_grow_with_the_images(mine, labelled, tmp_path):
             (folder/f'{c}').mkdir(parents=True)
             first = shutil.copy(labelled/'train'/f'class_{c}'/'0.png', folder/f'{c}'/'0.png')
             for i in range(1, n//4): os.link(first, folder/f'{c}'/f'{i}.png')
-        child = Children(1, tmp_path/f'log{n}', weigh, 'evaluate', mine, '--suite', 'knn', '--train', folder, '--test', folder)
+        flags = ['--suite', 'knn', '--train', folder, '--test', folder]
+        child = Children(1, tmp_path/f'log{n}', weigh, 'evaluate', mine, *flags)
         child.wait(seconds=300)
-        peaks.append(float(child.said().rpartition('peak ')[2]))
+        peaks.append(float(child.output().rpartition('peak ')[2]))
     assert peaks[1] < 1.05*peaks[0], peaks
 
 
@@ -232,10 +254,10 @@ def test_sets_are_equally_far_along(counts):
         assert max(shares) - min(shares) <= 1/min(counts) + 1e-9
 
 
-def test_nothing_is_said_of_a_set_that_was_not_seen():
+def test_nothing_is_found_without_images_of_every_set():
     streams = [((torch.ones(1, 1), torch.ones(1)) for _ in range(3)) for _ in range(2)]
-    left = iter([False, True])
-    assert extract(lambda x: x, streams, [3, 3], lambda: next(left)) is None
+    stops = iter([False, True])
+    assert extract(lambda x: x, streams, [3, 3], lambda: next(stops)) is None
 
 
 def test_a_limit_takes_the_beginning_of_one_order(labelled):
@@ -246,7 +268,8 @@ def test_a_limit_takes_the_beginning_of_one_order(labelled):
     assert all(f'class_{y}' in row['image']['path'] for y, row in zip(more_y, more))
 
 
-@pytest.mark.parametrize('backbone, summaries, width', [('test_vit', 3, 3*64), ('test_vit', 0, 64), ('convnext_atto', 2, 320)])
+@pytest.mark.parametrize('backbone, summaries, width',
+                         [('test_vit', 3, 3*64), ('test_vit', 0, 64), ('convnext_atto', 2, 320)])
 def test_the_summary_of_a_student(backbone, summaries, width):
     student = Student(backbone, {f't{i}': (4*(i < summaries), 6) for i in range(3)}).eval()
     with torch.no_grad(): summary, spatial = own_features(student)(torch.rand(2, 3, 64, 64))
@@ -258,23 +281,24 @@ def test_zero_shot_asks_the_head_of_a_clip_model(labelled):
     torch.manual_seed(0)
     spec = 'open_clip:ViT-B-32@random'
     student = Student('test_vit', {'clip': (5, 6), 'mute': (0, 6), 'other': (5, 6)}).eval()
-    subject = student_eval_model(student, (64, 64), {'clip': spec, 'mute': 'open_clip:ViT-B-16@random', 'other': 'zoo:u2netp'})
-    assert list(subject.texts) == [spec]
+    model = student_eval_model(student, (64, 64), {'clip': spec, 'mute': 'open_clip:ViT-B-16@random', 'other': 'zoo:u2netp'})
+    assert list(model.texts) == [spec]
     images, labels, _ = labelled_images(str(labelled/'test'))
-    with torch.no_grad(): said = torch.cat([student(batch)['clip'].summary for batch in in_order(images, 64)])
-    directions = torch.stack([said[labels == c].mean(0) for c in range(3)])   # each class by its own mean
-    score, = zero_shot_suite(subject, EvalData(test=str(labelled/'test')), {spec: directions})
-    wanted = (torch.cosine_similarity(said[:, None], directions, dim=-1).argmax(1) == labels).double().mean().item()
+    with torch.no_grad(): summaries = torch.cat([student(batch)['clip'].summary for batch in in_order(images, 64)])
+    directions = torch.stack([summaries[labels == c].mean(0) for c in range(3)])   # each class by its own mean
+    score, = zero_shot_suite(model, EvalData(test=str(labelled/'test')), {spec: directions})
+    wanted = (torch.cosine_similarity(summaries[:, None], directions, dim=-1).argmax(1) == labels).double().mean().item()
     assert (score.measure, score.n) == ('zero-shot top1, ViT-B-32', 18)
     assert_close(score.value, wanted)
-    assert zero_shot_suite(subject._replace(texts={}), EvalData(test=str(labelled/'test')), {spec: directions}) == []
+    assert zero_shot_suite(model._replace(texts={}), EvalData(test=str(labelled/'test')), {spec: directions}) == []
 
 
 def test_zero_shot_needs_names(tmp_path):
     for c in range(2):
         (tmp_path/f'{c}').mkdir()
         Image.new('RGB', (32, 32)).save(tmp_path/f'{c}'/'a.png')
-    with pytest.raises(BadInput, match='its classes are numbers, and zero-shot needs their names'): suites.class_names(str(tmp_path))
+    with pytest.raises(BadInput, match='its classes are numbers, and zero-shot needs their names'):
+        suites.class_names(str(tmp_path))
     for c in range(2): (tmp_path/f'{c}').rename(tmp_path/f'great_auk_{c}')
     assert suites.class_names(str(tmp_path)) == ['great auk 0', 'great auk 1']
 
@@ -297,7 +321,8 @@ BASE = Recipe(images='photos', teachers=('zoo:u2netp',), out='')
 
 
 def test_runs_that_differ_in_more_than_the_seed_stay_apart():
-    runs = {'a': BASE, 'b': replace(BASE, seed=1, out='elsewhere'), 'c': replace(BASE, seed=2, lr=.1), 'd': replace(BASE, lr=.1)}
+    runs = {'a': BASE, 'b': replace(BASE, seed=1, out='elsewhere'),
+            'c': replace(BASE, seed=2, lr=.1), 'd': replace(BASE, lr=.1)}
     assert by_seed(runs) == [['a', 'b'], ['c', 'd']]
 
 
@@ -306,14 +331,17 @@ def evaluated(folder, recipe, **values):
     folder.mkdir(parents=True)
     (folder/'recipe.toml').write_text(recipe_toml(recipe))
     suite = {'knn': 'knn', 'linear': 'linear', 'mse': 'match'}
-    save_scores(folder, [Score('student', {'mse': 'mse, clip'}.get(name, name), *(value if isinstance(value, tuple) else (value, 400)), 400,
-                               suite[name], 'pets') for name, value in values.items()])
+    for name, found in values.items():
+        value, n = found if isinstance(found, tuple) else (found, 400)
+        measure = 'mse, clip' if name == 'mse' else name
+        save_scores(folder, [Score('student', measure, value, n, 400, suite[name], 'pets')])
     save_scores(folder, [Score('clip', 'knn', .99, 400, 400, 'knn', 'pets')])
     return folder
 
 
 def test_compare(tmp_path, capsys, monkeypatch):
-    """By hand. knn: b .8 is first, a (.6 + .8)/2 = .7 and c .7 share 2.5. linear: a .5, b .4, c .3. mse, less is better: c .1, a .2, b .3.
+    """By hand. knn: b .8 is first, a (.6 + .8)/2 = .7 and c .7 share 2.5. linear: a .5, b .4, c .3. mse, less is
+    better: c .1, a .25, b .3.
     Averages: a (2.5 + 1 + 2)/3 = 1.83, b (1 + 2 + 3)/3 = 2, c (2.5 + 3 + 1)/3 = 2.17."""
     monkeypatch.chdir(tmp_path)
     runs = [evaluated(Path('a-0'), BASE, knn=.625, linear=.5, mse=.25),
@@ -323,7 +351,8 @@ def test_compare(tmp_path, capsys, monkeypatch):
     cli.main(['compare', *map(str, runs), '--out', 'all.json'])
     lines = {line.split('  ')[0]: line.split()[-5:] for line in capsys.readouterr().out.splitlines()}
     assert lines['knn on pets'] == ['0.750', '±', '0.177', '0.875', '0.750']
-    assert lines['average rank'][-3:] == ['1.83', '2.00', '2.17'] and lines['average rank, knn'][-3:] == ['2.50', '1.00', '2.50']
+    assert lines['average rank'][-3:] == ['1.83', '2.00', '2.17']
+    assert lines['average rank, knn'][-3:] == ['2.50', '1.00', '2.50']
     written = json.loads(Path('all.json').read_text())
     assert written['table']['knn on pets']['a (2 seeds)'] == {'mean': .75, 'std': pytest.approx(.125*2**.5), 'n': 2}
     assert_close(written['average ranks']['all'], {'a (2 seeds)': 5.5/3, 'b': 2., 'c': 6.5/3})
@@ -334,7 +363,8 @@ def test_compare(tmp_path, capsys, monkeypatch):
 
 def test_partial_scores_are_not_compared(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    evaluated(Path('a'), BASE, knn=(.9, 100), linear=.5), evaluated(Path('b'), replace(BASE, lr=.1), knn=.8, linear=.6)
+    evaluated(Path('a'), BASE, knn=(.9, 100), linear=.5)
+    evaluated(Path('b'), replace(BASE, lr=.1), knn=.8, linear=.6)
     cli.main(['compare', 'a', 'b'])
     printed = capsys.readouterr().out
     assert 'left out: knn of a' in printed and '0.900' not in printed

@@ -12,11 +12,11 @@ import torch
 from children import Children, command, small_images, train
 from test_kills import losses
 
-from radio_nb import cli
+from radio_nb.front import cli
 from radio_nb.training.recipe import Recipe
 from radio_nb.training.run_folder import load_checkpoint
 from radio_nb.models.student import Student
-from radio_nb.training.train import distill
+from radio_nb.training.train import run_recipe
 
 
 def recipe_at(home, **fields):
@@ -27,7 +27,7 @@ def recipe_at(home, **fields):
 
 def wait_for_lines(child, out, n):
     while not (out/'metrics.jsonl').exists() or len((out/'metrics.jsonl').read_text().splitlines()) < n:
-        assert child.alive(), child.said()
+        assert child.alive(), child.output()
         time.sleep(.002)
 
 
@@ -35,7 +35,7 @@ def test_images_that_go_while_a_run_is_on_are_named(tmp_path):
     "One file is deleted and one cut off between two steps."
     small_images(tmp_path/'images', 8)
     recipe = recipe_at(tmp_path, steps=12)
-    child, out = Children(1, tmp_path/'said', train, recipe), Path(recipe.out)
+    child, out = Children(1, tmp_path/'log', train, recipe), Path(recipe.out)
     wait_for_lines(child, out, 1)
     os.kill(child.processes[0].pid, signal.SIGSTOP)   # both happen before the next step
     (tmp_path/'images'/'03.png').unlink()
@@ -53,20 +53,20 @@ def test_images_that_go_while_a_run_is_on_are_named(tmp_path):
 def test_a_run_whose_images_all_go_ends_in_one_line_and_goes_on_when_they_are_back(tmp_path):
     small_images(tmp_path/'images', 8)
     whole, recipe = recipe_at(tmp_path, steps=6, out=str(tmp_path/'whole')), recipe_at(tmp_path, steps=6)
-    distill(whole)
+    run_recipe(whole)
     out = Path(recipe.out)
     flags = [word for word in cli.as_flags(vars(recipe)) if word]
     for key in ('stem', 'compile', 'teacher_device', 'cache'): flags.remove(f'--{key.replace("_", "-")}')
-    child = Children(1, tmp_path/'said', command, 'distill', *flags)
+    child = Children(1, tmp_path/'log', command, 'distill', *flags)
     wait_for_lines(child, out, 1)
     (tmp_path/'images').rename(tmp_path/'gone')
     child.wait(code=2)
-    last = child.said().strip().splitlines()[-1]
+    last = child.output().strip().splitlines()[-1]
     assert 'none of 100 images that were tried can be used; the first:' in last or 'none of 8' in last
-    assert 'No such file' in last and 'Traceback' not in child.said()
+    assert 'No such file' in last and 'Traceback' not in child.output()
     assert 1 <= load_checkpoint(out/'checkpoints')['step'] < 6
     (tmp_path/'gone').rename(tmp_path/'images')
-    distill(recipe, resume=True)
+    run_recipe(recipe, resume=True)
     assert (out/'student.safetensors').read_bytes() == (tmp_path/'whole'/'student.safetensors').read_bytes()
 
 
@@ -77,16 +77,16 @@ def test_a_run_whose_worker_died_goes_on(tmp_path):
     def workers():
         found = psutil.Process(child_run.processes[0].pid).children()
         return [child for child in found if 'resource_tracker' not in ' '.join(child.cmdline())]
-    child_run = Children(1, tmp_path/'said', _named, recipe)
+    child_run = Children(1, tmp_path/'log', _named, recipe)
     wait_for_lines(child_run, out, 2)
     for worker in workers(): worker.kill()
     child_run.wait(code=2)
-    last = child_run.said().strip().splitlines()[-1]
+    last = child_run.output().strip().splitlines()[-1]
     assert 'a process that decodes images died' in last and 'the last checkpoint is whole: add --resume' in last
     step = load_checkpoint(out/'checkpoints')['step']
     assert 2 <= step < 60
     steps = [line['step'] for line in losses(out)]
-    child = Children(1, tmp_path/'said', train, replace(recipe, workers=0), True)
+    child = Children(1, tmp_path/'log', train, replace(recipe, workers=0), True)
     wait_for_lines(child, out, step + 1)
     os.kill(child.processes[0].pid, signal.SIGTERM)
     child.wait(code=130)
@@ -96,7 +96,7 @@ def test_a_run_whose_worker_died_goes_on(tmp_path):
 def _named(recipe):
     "A run whose error the command would print."
     from radio_nb.targets.bad_input import BadInput
-    try: distill(recipe)
+    try: run_recipe(recipe)
     except BadInput as e: raise SystemExit(print(e) or 2) from e
 
 
@@ -105,7 +105,7 @@ def test_a_compiled_student_learns_what_an_eager_one_does(tmp_path, fields):
     small_images(tmp_path/'images', 8)
     eager, compiled = (recipe_at(tmp_path, out=str(tmp_path/name), steps=3, compile=backend, **fields)
                        for name, backend in (('eager', ''), ('compiled', 'aot_eager')))
-    runs = [Children(1, tmp_path/'said', train, recipe) for recipe in (eager, compiled)]
+    runs = [Children(1, tmp_path/'log', train, recipe) for recipe in (eager, compiled)]
     for child in runs: child.wait()
     a, b = (load_checkpoint(Path(recipe.out)/'checkpoints')['trainer']['weights'] for recipe in (eager, compiled))
     assert a.keys() == b.keys()   # no trace of the compiler in what is kept
@@ -121,7 +121,7 @@ def two_teachers(tmp_path_factory):
     home = tmp_path_factory.mktemp('judged')
     small_images(home/'images', 4)
     recipe = recipe_at(home, steps=2, teachers=('zoo:u2netp#64', 'zoo:u2netp#96'))
-    distill(recipe)
+    run_recipe(recipe)
     return recipe
 
 

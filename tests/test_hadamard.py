@@ -1,4 +1,4 @@
-"What chapter 01 cannot show well: properties over many orders, and that the failures fail."
+"What `hadamard` and `hadamard_search` cannot show well: properties over many orders, and that the failures fail."
 import re
 
 import pytest
@@ -6,9 +6,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from radio_nb.targets.bad_input import BadInput
 from radio_nb.appendix.hadamard_search import fwht
-from radio_nb.targets.hadamard import CONSTRUCTIONS, HadamardError, construction, hadamard, is_known_order, jacobsthal, powers_of_x, prime_power, recipe
+from radio_nb.targets.bad_input import BadInput
+from radio_nb.targets.hadamard import (
+    CONSTRUCTIONS,
+    HadamardError,
+    construction,
+    hadamard,
+    is_known_order,
+    jacobsthal,
+    kronecker_factors,
+    powers_of_x,
+    prime_power,
+)
 
 KNOWN = [n for n in range(1, 1025) if is_known_order(n)]
 
@@ -36,7 +46,7 @@ def test_every_construction_is_exact_at_all_its_orders(name):
 @given(st.sampled_from(KNOWN), st.sampled_from(KNOWN))
 def test_products_of_known_orders_are_known(a, b):
     assert is_known_order(a*b)
-    factors = recipe(a*b)
+    factors = kronecker_factors(a*b)
     assert all(construction(n) for n in factors) and torch.tensor(factors).prod() == a*b
 
 

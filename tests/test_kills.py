@@ -74,7 +74,7 @@ def test_killed_twenty_times_it_trains_the_same_student(hard, tmp_path):
             writing += killed and any(out.glob('checkpoints/*.part'))
             measuring += killed and not any(out.glob('checkpoints/*.pt'))
             done, resume = (out/'student.safetensors').exists(), (out/'recipe.toml').exists()
-            assert killed or done, child.said()[-3000:]
+            assert killed or done, child.output()[-3000:]
         if killed: continue   # in the very last moment, after the student was written
         assert (out/'student.safetensors').read_bytes() == (undisturbed/'student.safetensors').read_bytes()
         assert (out/'statistics-8.safetensors').read_bytes() == (undisturbed/'statistics-8.safetensors').read_bytes()

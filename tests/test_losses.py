@@ -1,5 +1,7 @@
-"What chapter 05 cannot show well: every shape, mask and combination, and what a missing term must not spoil."
+"What the chapters on losses cannot show well: every shape, mask and combination, and what a missing term must not spoil."
 import io
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -7,14 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-import radio_nb.phi_s  # noqa: F401, registers its normalizers
-from radio_nb.targets.bad_input import BadInput
-from radio_nb.targets.features import Features, resample
 from radio_nb.losses.balancing import BALANCES, AdaLoss, UncertaintyWeights
 from radio_nb.losses.losses import SPATIAL_LOSSES, same_grid, spatial_loss, summary_loss
 from radio_nb.losses.methods import METHODS
 from radio_nb.losses.multi_teacher import MultiTeacherLoss
-from radio_nb.targets.normalizers import KINDS
+from radio_nb.targets.bad_input import BadInput
+from radio_nb.targets.features import Features, resample
+from radio_nb.targets.phi_s import KINDS
 
 sizes = st.tuples(st.integers(1, 7), st.integers(1, 7))
 kinds = st.sampled_from(sorted(SPATIAL_LOSSES))
@@ -26,11 +27,11 @@ def normal(seed, *shape):
 
 
 def random_mask(seed, *shape):
-    "Half of the places, at random."
+    "Half of the positions, at random."
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) < .5
 
 
-def one_place(kind, x, y):
+def one_position(kind, x, y):
     "The definition for two vectors, written out with Python's numbers."
     x, y = x.tolist(), y.tolist()
     dot, norms = sum(a*b for a, b in zip(x, y)), (sum(a*a for a in x)*sum(b*b for b in y))**.5
@@ -42,16 +43,16 @@ def one_place(kind, x, y):
 
 @settings(deadline=None, max_examples=40)
 @given(kinds, sizes, st.integers(2, 6), st.integers(0, 99))
-def test_the_loss_is_the_mean_of_the_places_that_count(kind, size, width, seed):
+def test_the_loss_is_the_mean_of_the_positions_that_count(kind, size, width, seed):
     x, y, mask = normal(seed, 2, *size, width), normal(seed + 100, 2, *size, width), random_mask(seed, 2, *size)
-    places = [one_place(kind, a, b) for a, b in zip(x[mask], y[mask])]
-    expected = torch.tensor(sum(places)/max(len(places), 1), dtype=torch.float64)
+    losses = [one_position(kind, a, b) for a, b in zip(x[mask], y[mask])]
+    expected = torch.tensor(sum(losses)/max(len(losses), 1), dtype=torch.float64)
     assert_close(spatial_loss(x, y, kind, mask), expected)
 
 
 @settings(deadline=None, max_examples=60)
 @given(sizes, sizes, st.sampled_from(['larger', 'student']), st.integers(0, 99))
-def test_nothing_from_the_padding_reaches_a_place_that_counts(student, teacher, grid, seed):
+def test_nothing_from_the_padding_reaches_a_position_that_counts(student, teacher, grid, seed):
     x, mask = torch.zeros(2, *student, 3), random_mask(seed, 2, *teacher)
     y = torch.full((2, *teacher, 3), 7.).masked_fill(~mask[..., None], 1e3)
     x, y, counts = same_grid(x, y, mask, grid)
@@ -87,7 +88,7 @@ def test_errors_name_the_thing():
     with pytest.raises(ValueError, match=r'spatial features: the student gives \(2, 2, 2, 4\) and the teacher'):
         spatial_loss(x, y)
     with pytest.raises(ValueError, match='summary: the student gives'): summary_loss(x[:, 0, 0], y[:1, 0, 0, :4])
-    with pytest.raises(ValueError, match=r'mask: \(2, 4\) of torch.bool; expected a bool for each place'):
+    with pytest.raises(ValueError, match=r'mask: \(2, 4\) of torch.bool; expected a bool for each position'):
         spatial_loss(x, x, mask=torch.ones(2, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match='of torch.float32; expected a bool'):
         spatial_loss(x, x, mask=torch.ones(2, 2, 2))
@@ -102,10 +103,15 @@ def test_errors_name_the_thing():
 
 def test_the_ten_methods_are_those_of_the_study():
     assert set(METHODS) == set('mse cosine hyb-mse hyb-sml1 global standardize phi-s pca zca hca'.split())
-    assert {m.normalizer for m in METHODS.values()} <= set(KINDS)
+    assert {m.normalizer for m in METHODS.values()} == set(KINDS)
     assert {m.spatial for m in METHODS.values()} == set(SPATIAL_LOSSES)
     assert all(method.spatial == 'mse' for method in METHODS.values() if method.normalizer != 'none')
     assert METHODS['phi-s'].normalizer == 'phi-s' and METHODS['cosine'] == ('none', 'cosine')
+
+
+def test_methods_are_names_and_need_no_torch():
+    code = "import sys, radio_nb.losses.methods; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, '-c', code]).returncode == 0
 
 
 def test_weights_and_scale_multiply_the_terms():

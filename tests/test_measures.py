@@ -1,4 +1,4 @@
-"""What chapters 11 and 12 cannot show well: random shapes and cuts, other libraries, chunks, broken sources."""
+"""What `match`, `labelled` and `knn` cannot show well: random shapes and cuts, other libraries, chunks, broken sources."""
 import io
 from unittest.mock import patch
 
@@ -15,15 +15,14 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 from torch.testing import assert_close
 
-import radio_nb.phi_s  # noqa: F401  registers phi-s
-from radio_nb import knn
-from radio_nb.targets.bad_input import BadInput
-from radio_nb.targets.features import Features
+from radio_nb.evaluation import knn
 from radio_nb.evaluation.knn import knn_accuracy, knn_predict, nearest
 from radio_nb.evaluation.labelled import features_of, in_order, labelled_images
 from radio_nb.evaluation.match import Match, linear_cka, rankme, teacher_match
+from radio_nb.targets.bad_input import BadInput
+from radio_nb.targets.features import Features
 from radio_nb.targets.moments import Moments
-from radio_nb.targets.normalizers import fit_normalizer
+from radio_nb.targets.phi_s import fit_normalizer
 
 quick = settings(max_examples=30, deadline=None)
 seeds = st.integers(0, 2**31)
@@ -88,7 +87,7 @@ def test_rankme_of_a_known_spectrum(seed, spectrum):
 def test_rankme_at_its_ends(dtype):
     assert_close(rankme(torch.eye(100, dtype=dtype)), 100.)
     assert_close(rankme(torch.ones(5000, 300, dtype=dtype)/3), 1.)
-    assert_close(rankme(torch.randn(5000, 1)*torch.randn(1, 300)), 1., rtol=1e-4, atol=0)   # rank one up to float32's rounding
+    assert_close(rankme(torch.randn(5000, 1)*torch.randn(1, 300)), 1., rtol=1e-4, atol=0)   # one but for rounding
     assert rankme(torch.zeros(5, 3, dtype=dtype)) == 0.
 
 
@@ -115,10 +114,11 @@ def test_a_stream_gives_what_the_whole_gives(seed, C, sizes, mean):
     assert_close(found['error_range_normalized'], width((x - y)*normalizer.weight), rtol=1e-6, atol=1e-9)
 
 
-def test_other_measures_stay_and_the_expensive_ones_are_asked_for():
+def test_other_measures_stay_and_the_expensive_ones_are_optional():
     x, y = grids(torch.randn(16, 3)), grids(torch.randn(16, 3))
-    def of(*args, **kwargs): return teacher_match({'s': lambda _: {'t': x}}, {'t': lambda _: y}, [None], *args, **kwargs)['s']['t']
-    plain, full = of(), of({'t': fit_normalizer('phi-s', Moments(3).update(y.spatial))}, thorough=True)
+    def measured(*args, **kwargs):
+        return teacher_match({'s': lambda _: {'t': x}}, {'t': lambda _: y}, [None], *args, **kwargs)['s']['t']
+    plain, full = measured(), measured({'t': fit_normalizer('phi-s', Moments(3).update(y.spatial))}, thorough=True)
     assert list(plain) == ['explained', 'mse', 'cosine', 'summary_cosine', 'error_range']
     assert list(full) == [*plain, 'error_range_normalized', 'cka', 'rankme', 'rankme_teacher']
     assert all(full[name] == value for name, value in plain.items())
@@ -140,7 +140,8 @@ def test_isotropic_errors_have_no_range_after_phi_s():
 
 
 @quick
-@given(seeds, st.integers(1, 12), st.integers(2, 6), st.sampled_from([.07, .5, 10.]), st.sampled_from(['cosine', 'euclidean']))
+@given(seeds, st.integers(1, 12), st.integers(2, 6), st.sampled_from([.07, .5, 10.]),
+       st.sampled_from(['cosine', 'euclidean']))
 def test_neighbours_vote_as_in_scikit_learn(seed, k, n_classes, temperature, metric):
     torch.manual_seed(seed)
     x, y, q = torch.randn(60, 8), torch.randint(n_classes, (60,)), torch.randn(30, 8)
@@ -165,7 +166,8 @@ def test_lengths_do_not_count_and_the_lower_of_two_equals_wins():
     assert knn_predict(x, y, q, k=4).tolist() == [4, 4, 4]
     assert knn_predict(x*torch.tensor([[1e5], [1], [1], [1]]), y, q + torch.tensor([1e-4, 0]), k=1).tolist()[0] == 9
     assert knn_predict(x, y, q[:0], k=4).shape == (0,)
-    assert knn_predict(x.half(), y, torch.tensor([[2., 1]]).half(), k=2, temperature=1e-3).tolist() == [9]   # exp(894) is no float32
+    query = torch.tensor([[2., 1]])
+    assert knn_predict(x.half(), y, query.half(), k=2, temperature=1e-3).tolist() == [9]   # exp(894) is not a float32
 
 
 def test_a_class_is_found_in_itself():
@@ -176,13 +178,15 @@ def test_a_class_is_found_in_itself():
 
 @pytest.mark.parametrize('wrong, message', [
     (dict(k=51), 'k is 51, but must be from 1 to 50'), (dict(k=0), 'k is 0'), (dict(temperature=0.), 'temperature is 0'),
-    (dict(train_y=torch.zeros(49).long()), r'labels of 50 references .* shape \(50,\)'), (dict(train_y=torch.zeros(50)), 'float32'),
-    (dict(test_y=torch.zeros(3).long()), r'labels of 9 queries'), (dict(test_x=torch.zeros(9, 3)), r'\(50, 4\) and \(9, 3\)'),
+    (dict(train_y=torch.zeros(49).long()), r'labels of 50 references .* shape \(50,\)'),
+    (dict(train_y=torch.zeros(50)), 'float32'), (dict(test_y=torch.zeros(3).long()), r'labels of 9 queries'),
+    (dict(test_x=torch.zeros(9, 3)), r'\(50, 4\) and \(9, 3\)'),
     (dict(train_x=torch.full((50, 4), torch.nan)), 'NaN or infinity in 50 of 50 references'),
     (dict(test_x=torch.full((9, 4), torch.inf)), 'NaN or infinity in 9 of 9 queries'),
     (dict(test_x=torch.zeros(0, 4), test_y=torch.zeros(0).long()), 'no queries')])
 def test_what_cannot_be_compared(wrong, message):
-    good = dict(train_x=torch.randn(50, 4), train_y=torch.zeros(50).long(), test_x=torch.randn(9, 4), test_y=torch.zeros(9).long())
+    good = dict(train_x=torch.randn(50, 4), train_y=torch.zeros(50).long(),
+                test_x=torch.randn(9, 4), test_y=torch.zeros(9).long())
     with pytest.raises(BadInput, match=message): knn_accuracy(**good | wrong)
 
 
@@ -205,19 +209,22 @@ def parquet(path, labels, kind, column='label'):
 
 
 @pytest.mark.parametrize('labels, kind, numbers, names', [
-    ([2, 0, 2], ClassLabel(names=['a', 'b', 'c']), [2, 0, 2], ['a', 'b', 'c']), ([1, 0, 1], Value('int64'), [1, 0, 1], ['0', '1']),
+    ([2, 0, 2], ClassLabel(names=['a', 'b', 'c']), [2, 0, 2], ['a', 'b', 'c']),
+    ([1, 0, 1], Value('int64'), [1, 0, 1], ['0', '1']),
     (['dog', 'cat', 'dog'], Value('string'), [1, 0, 1], ['cat', 'dog'])])
 def test_labels_of_parquet(tmp_path, labels, kind, numbers, names):
     images, found, found_names = labelled_images(parquet(tmp_path/'a.parquet', labels, kind))
     assert (found.tolist(), found_names, found.dtype) == (numbers, names, torch.int64)
     stream = torch.cat(list(in_order(images, 16, batch_size=2)))
     assert_close(stream[:, 0, 0, 0]*255, torch.arange(3.))   # every image in its place, none twice
-    assert labelled_images(parquet(tmp_path/'b.parquet', labels, kind), names[::-1])[1].tolist() == [len(names) - 1 - n for n in numbers]
+    _, reversed_numbers, _ = labelled_images(parquet(tmp_path/'b.parquet', labels, kind), names[::-1])
+    assert reversed_numbers.tolist() == [len(names) - 1 - n for n in numbers]
 
 
 @pytest.mark.parametrize('labels, kind, column, message', [
-    ([-1, -1], ClassLabel(names=['a', 'b']), 'label', 'the column label holds -1'), ([.5, 1.], Value('float32'), 'label', 'holds 0.5'),
-    ([None, 1], Value('int64'), 'label', 'holds None'), ([1, 2], Value('int64'), 'n', 'no column label; its columns are image, n')])
+    ([-1, -1], ClassLabel(names=['a', 'b']), 'label', 'the column label holds -1'),
+    ([.5, 1.], Value('float32'), 'label', 'holds 0.5'), ([None, 1], Value('int64'), 'label', 'holds None'),
+    ([1, 2], Value('int64'), 'n', 'no column label; its columns are image, n')])
 def test_labels_that_are_none(tmp_path, labels, kind, column, message):
     with pytest.raises(BadInput, match=message): labelled_images(parquet(tmp_path/'a.parquet', labels, kind, column))
 

@@ -1,11 +1,11 @@
-"""What chapter 02 cannot show well: random cuts, orders, shapes and masks."""
+"""What `moments` cannot show well: random cuts, orders, shapes and masks."""
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from radio_nb import moments as chapter
+from radio_nb.targets import moments as chapter
 from radio_nb.targets.moments import Moments, NonFinite, float64_home, sums_in_chunks
 
 quick = settings(max_examples=30, deadline=None)

@@ -9,34 +9,62 @@ import sys
 import pytest
 from conftest import ROOT
 
-CHAPTERS = sorted((ROOT/'nbs').glob('[0-9]*.ipynb'))
+BOOK = [ROOT/'nbs'/line.split('- ')[1] for line in (ROOT/'nbs'/'sidebar.yml').read_text().splitlines() if '.ipynb' in line][1:]
+CHAPTERS = [path for path in BOOK if path.parent.name != 'tutorials']
+PARTS = list(dict.fromkeys(path.parent.name for path in CHAPTERS))
 
 
 def cells(path): return [(''.join(c['source']), c) for c in json.loads(path.read_text())['cells']]
 
 
 def module(path):
-    "The module that a chapter exports to, or None."
+    "The module that a chapter exports to, such as 'training.trainer', or None."
     sources = [source for source, _ in cells(path)]
     return next((s.split()[-1] for s in sources if s.startswith('#| default_exp')), None) if any(
         s.startswith('#| export') for s in sources) else None
 
 
+def file(name): return ROOT/'radio_nb'/(name.replace('.', '/') + '.py')
+
+
 ORDER = [name for name in map(module, CHAPTERS) if name]
+
+
+def imported(name):
+    "The modules of the package that a module imports, and whether it does so when it is loaded, or in a function."
+    tree = ast.parse(file(name).read_text())
+    late = {id(node) for outer in ast.walk(tree) if isinstance(outer, (ast.FunctionDef, ast.If)) for node in ast.walk(outer)}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom): continue
+        if node.level: other = '.'.join([*name.split('.')[:2 - node.level], node.module or ''])
+        elif (node.module or '').startswith('radio_nb.'): other = node.module.removeprefix('radio_nb.')
+        else: continue
+        yield other, id(node) not in late
+
+
+def test_the_sidebar_lists_every_chapter_in_its_order():
+    assert set(BOOK) == set((ROOT/'nbs').rglob('*/*.ipynb'))
+    assert CHAPTERS == sorted(CHAPTERS, key=lambda path: (PARTS.index(path.parent.name), path.name))
+    assert [path.name[:2] for path in CHAPTERS] == [f'{i:02d}' for part in PARTS for i in range(
+        len([path for path in CHAPTERS if path.parent.name == part]))]
 
 
 @pytest.mark.parametrize('name', ORDER)
 def test_a_chapter_imports_only_from_those_before_it(name):
-    tree = ast.parse((ROOT/'radio_nb'/f'{name}.py').read_text())
-    imported = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
-    imported += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
-    for other in imported:
-        other = other.removeprefix('radio_nb.')
-        if other in ORDER: assert ORDER.index(other) < ORDER.index(name), f'{name} imports {other}'
+    for other, _ in imported(name): assert ORDER.index(other) < ORDER.index(name), f'{name} imports {other}'
+
+
+def test_evaluation_knows_no_training_and_cifd_is_loaded_only_where_a_recipe_asks_for_it():
+    for name in ORDER:
+        for other, at_once in imported(name):
+            part, its = name.split('.')[0], other.split('.')[0]
+            assert not (part == 'evaluation' and its in ('training', 'front')), f'{name} imports {other}'
+            assert not (part != 'cifd' and its == 'cifd' and at_once), f'{name} imports {other} when it is loaded'
 
 
 def test_every_module_comes_from_one_chapter():
-    modules = {p.stem for p in (ROOT/'radio_nb').glob('*.py')} - {'__init__', '_modidx'}
+    modules = {'.'.join(p.relative_to(ROOT/'radio_nb').with_suffix('').parts) for p in (ROOT/'radio_nb').rglob('*.py')
+               if p.stem not in ('__init__', '__main__', '_modidx')}
     assert modules == set(ORDER) and len(ORDER) == len(set(ORDER))
 
 
@@ -60,7 +88,7 @@ def test_no_output_breaks_the_site(path):
     assert not any('source' in keys(cell.get('outputs', [])) for _, cell in cells(path))
 
 
-@pytest.mark.parametrize('path', [*CHAPTERS, *(ROOT/'nbs'/'tutorials').glob('*.ipynb')], ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', BOOK, ids=lambda p: p.stem)
 def test_every_figure_is_stored(path):
     "A published page runs nothing, so a figure without an output is a gap."
     for source, cell in cells(path):
@@ -75,13 +103,30 @@ def fresh(code): return subprocess.run([sys.executable, '-c', code], capture_out
 
 def test_the_package_needs_neither_nbdev_nor_extras():
     extras = {'nbdev', 'fastcore', 'execnb', 'jupyterlab', 'ipywidgets', 'skimage', 'sklearn', 'foolbox', 'torchmetrics', 'pytest'}
-    done = fresh(f'import radio_nb.cli, sys; print({extras} & set(sys.modules))')
+    done = fresh(f'import radio_nb.front.cli, radio_nb.front.evaluate, radio_nb.front.run, sys; print({extras} & set(sys.modules))')
     assert done.stdout.strip() == 'set()', done.stdout + done.stderr
 
 
-def test_importing_the_package_is_light():
-    done = fresh('import radio_nb, sys; print([m for m in ("timm", "open_clip", "datasets", "plotly") if m in sys.modules])')
+def test_importing_the_package_or_its_command_loads_nothing_heavy():
+    heavy = ('torch', 'timm', 'open_clip', 'datasets', 'plotly', 'numpy')
+    done = fresh(f'import radio_nb.front.cli, sys; print([m for m in {heavy} if m in sys.modules])')
     assert done.stdout.strip() == '[]', done.stdout + done.stderr
+
+
+def test_a_student_needs_neither_open_clip_nor_datasets_nor_plotly():
+    done = fresh('from radio_nb import Student; import sys; print([m for m in ("open_clip", "datasets", "plotly") if m in sys.modules])')
+    assert done.stdout.strip() == '[]', done.stdout + done.stderr
+
+
+def test_what_the_package_itself_offers_is_there_and_nothing_else():
+    code = "import radio_nb; print(all(callable(getattr(radio_nb, n)) for n in radio_nb.__all__), hasattr(radio_nb, 'distil'))"
+    assert fresh(code).stdout.split() == ['True', 'False']
+
+
+@pytest.mark.parametrize('command', [['-m', 'radio_nb'], ['-c', 'from radio_nb.front.cli import main; main()']])
+def test_the_command_says_its_version_and_its_flags(command):
+    assert subprocess.run([sys.executable, *command, '--version'], capture_output=True, text=True).stdout == 'radio-nb 0.1.0\n'
+    assert 'distill' in subprocess.run([sys.executable, *command, '--help'], capture_output=True, text=True).stdout
 
 
 def test_timm_and_open_clip_can_be_imported_after_it():
@@ -96,6 +141,19 @@ def test_the_site_configuration_is_where_nbdev_looks():
     assert os.readlink(ROOT/'nbs'/'_quarto.yml') == '../_quarto.yml'
 
 
+def test_a_wheel_can_be_built_from_the_sdist(tmp_path):
+    "All that setup.py reads must be in it."
+    import tarfile
+    copy = tmp_path/'source'
+    subprocess.run(['git', 'clone', '-q', ROOT, copy], check=True)
+    done = subprocess.run([sys.executable, 'setup.py', '-q', 'sdist', '-d', tmp_path], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next(tmp_path.glob('*.tar.gz'))) as archive: archive.extractall(tmp_path/'sdist', filter='data')
+    home = next((tmp_path/'sdist').iterdir())
+    done = subprocess.run([sys.executable, 'setup.py', '-q', 'bdist_wheel', '-d', tmp_path], cwd=home, capture_output=True, text=True)
+    assert done.returncode == 0 and list(tmp_path.glob('*.whl')), done.stderr
+
+
 def test_the_wheel_holds_modules_and_weights_and_its_metadata_the_extras(tmp_path):
     from zipfile import ZipFile
     copy = tmp_path/'source'
@@ -104,12 +162,13 @@ def test_the_wheel_holds_modules_and_weights_and_its_metadata_the_extras(tmp_pat
     assert done.returncode == 0, done.stderr
     wheel = ZipFile(next(tmp_path.glob('*.whl')))
     names = wheel.namelist()
-    assert {f'radio_nb/{name}.py' for name in ORDER} <= set(names) and 'radio_nb/weights/u2netp.safetensors' in names
+    modules = {str(file(name).relative_to(ROOT)) for name in ORDER}
+    assert modules | {'radio_nb/weights/u2netp.safetensors', 'radio_nb/py.typed', 'radio_nb/__main__.py'} <= set(names)
     metadata = next(wheel.read(name).decode() for name in names if name.endswith('METADATA'))
     required = [line for line in metadata.splitlines() if line.startswith('Requires-Dist') and 'extra ==' not in line]
     assert not any(name in line for line in required for name in ('nbdev', 'fastcore', 'jupyterlab', 'scikit'))
     assert all(f'Provides-Extra: {extra}' in metadata for extra in ('zoo', 'notebooks', 'dev'))
-    assert 'radio-nb = radio_nb.cli:main' in next(wheel.read(name).decode() for name in names if name.endswith('entry_points.txt'))
+    assert 'radio-nb = radio_nb.front.cli:main' in next(wheel.read(name).decode() for name in names if name.endswith('entry_points.txt'))
 
 
 def test_nothing_leaves_the_repository():

@@ -8,8 +8,8 @@ from torch.testing import assert_close
 from radio_nb.targets.bad_input import BadInput
 from radio_nb.targets.hadamard import HadamardError, is_known_order
 from radio_nb.targets.moments import Moments
-from radio_nb.targets.normalizers import KINDS, Normalizer, fit_normalizer
-from radio_nb.targets.phi_s import fit_hca, fit_phi_s, hartley, isotropic_rotation
+from radio_nb.targets.normalizers import Normalizer
+from radio_nb.targets.phi_s import KINDS, fit_hca, fit_normalizer, fit_phi_s, hartley, isotropic_rotation
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 variances = st.one_of(st.just(0.), st.floats(1e-12, 1e12))

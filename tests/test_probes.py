@@ -16,9 +16,17 @@ from sklearn.linear_model import LogisticRegression
 from torch.testing import assert_close
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from radio_nb.targets.bad_input import BadInput
 from radio_nb.evaluation.linear_probe import STRENGTHS, fit_classifier, linear_probe
-from radio_nb.evaluation.segmentation import cached_grids, confusion, iou_by_class, mean_iou, segment, segmentation_images, segmentation_probe
+from radio_nb.evaluation.segmentation import (
+    cached_grids,
+    confusion,
+    iou_by_class,
+    mean_iou,
+    segment,
+    segmentation_images,
+    segmentation_probe,
+)
+from radio_nb.targets.bad_input import BadInput
 
 
 def clouds(n=120, width=6, classes=3, seed=0):
@@ -86,7 +94,8 @@ def test_a_class_that_training_never_saw_is_never_right():
 
 
 @pytest.mark.parametrize('change, message', [
-    (lambda x, y: (x[:, 0], y, x, y), r'the training set needs summaries \(n, C\) and classes \(n,\), not \(120,\) and \(120,\)'),
+    (lambda x, y: (x[:, 0], y, x, y),
+     r'the training set needs summaries \(n, C\) and classes \(n,\), not \(120,\) and \(120,\)'),
     (lambda x, y: (x, y, x, y[:5]), 'the test set needs summaries'),
     (lambda x, y: (x/0, y, x, y), 'the summaries of the training set are not all finite'),
     (lambda x, y: (x, 0*y, x, y), 'a probe needs five training images or more, of two classes or more'),
@@ -104,19 +113,19 @@ def test_mean_iou_is_that_of_torchmetrics(classes, seed, inside):
     "Also where void has the number behind the last class, as in CamVid."
     random = torch.Generator().manual_seed(seed)
     ignore = classes if inside else 255
-    truth, said = (torch.randint(classes, (3, 5, 7), generator=random) for _ in range(2))
+    truth, predicted = (torch.randint(classes, (3, 5, 7), generator=random) for _ in range(2))
     truth[torch.rand(truth.shape, generator=random) < .3] = ignore
-    table = sum(confusion(s, t, classes, ignore) for s, t in zip(said, truth))
+    table = sum(confusion(p, t, classes, ignore) for p, t in zip(predicted, truth))
     if classes > 1:
         metric = MulticlassJaccardIndex(classes, average=None, ignore_index=ignore)
         # a class that is nowhere is 0 there and nan here
-        assert_close(iou_by_class(table).nan_to_num(0).float(), metric(said, truth), atol=1e-6, rtol=0)
+        assert_close(iou_by_class(table).nan_to_num(0).float(), metric(predicted, truth), atol=1e-6, rtol=0)
     assert table.sum() == (truth != ignore).sum()
     assert mean_iou(confusion(truth.clamp_max(classes - 1), truth, classes, ignore)) == 1
 
 
 def grids(n=24, classes=3, seed=0):
-    "Grids whose first channels say what lies there, with noise."
+    "Grids whose first channels are the class that lies there, with noise."
     random = torch.Generator().manual_seed(seed)
     where = torch.randint(classes, (n, 3, 4), generator=random)
     x = torch.eye(classes)[where] + .3*torch.randn(n, 3, 4, classes, generator=random)
@@ -148,7 +157,7 @@ def test_void_teaches_nothing():
 
 
 def test_logits_are_resized_and_not_classes():
-    "Halfway between two places the border is where the logits cross, not at the edge of a place."
+    "Halfway between two positions the border is where the logits cross, not at the edge of a position."
     head = torch.nn.Conv2d(1, 2, 1)
     head.weight.data, head.bias.data = torch.tensor([1., -1]).reshape(2, 1, 1, 1), torch.zeros(2)
     classes = segment(head, torch.tensor([3., -1]).reshape(1, 1, 2, 1), (1, 16)).argmax(1)[0, 0]
@@ -167,7 +176,8 @@ def test_half_precision_where_it_is_enough():
 @pytest.mark.parametrize('change, message', [
     (lambda x, m: ((x, m[:3]), (x, m)), 'the training set needs grids'),
     (lambda x, m: ((x, m), (x[0], m)), 'the test set needs grids'),
-    (lambda x, m: ((x, m + 1), (x, m)), 'the masks of the training set have class 3, but there are 3 classes and 255 is ignored'),
+    (lambda x, m: ((x, m + 1), (x, m)),
+     'the masks of the training set have class 3, but there are 3 classes and 255 is ignored'),
     (lambda x, m: ((x, m), (x[..., :2], m)), 'the training set has grids of 3 channels and the test set of 2'),
     (lambda x, m: ((x, m), (x[:0], m[:0])), 'the test set is empty'),
 ])
@@ -213,11 +223,14 @@ def test_columns_without_metadata_are_pictures_too(tmp_path):
 
 
 @pytest.mark.parametrize('row, message', [
-    ({'image': png(ramp, 'RGB'), 'mask': png(ramp, 'RGB')}, 'the mask in row 0 of .* has the mode RGB: a mask is an 8-bit picture'),
+    ({'image': png(ramp, 'RGB'), 'mask': png(ramp, 'RGB')},
+     'the mask in row 0 of .* has the mode RGB: a mask is an 8-bit picture'),
     ({'image': png(ramp, 'RGB'), 'mask': None}, 'the mask in row 0 of .* is missing'),
     ({'image': png(ramp, 'RGB'), 'mask': {'bytes': b'no picture', 'path': None}}, 'the mask in row 0 of .* cannot be read'),
-    ({'image': {'bytes': b'no picture', 'path': None}, 'mask': png(ramp)}, 'the image in row 0 of .* cannot be identified as an image'),
-    ({'image': png(ramp, 'RGB'), 'mask': png(ramp.T.copy())}, 'the mask in row 0 of .* is 48 × 80 pixels and its image 80 × 48'),
+    ({'image': {'bytes': b'no picture', 'path': None}, 'mask': png(ramp)},
+     'the image in row 0 of .* cannot be identified as an image'),
+    ({'image': png(ramp, 'RGB'), 'mask': png(ramp.T.copy())},
+     'the mask in row 0 of .* is 48 × 80 pixels and its image 80 × 48'),
 ])
 def test_rows_that_cannot_be_used_are_named(tmp_path, row, message):
     with pytest.raises(BadInput, match=message): next(segmentation_images(parquet(tmp_path/'a.parquet', [row]), 32))

@@ -95,7 +95,7 @@ def test_two_processes_train_the_student_of_one(folders, request):
     assert weights_apart(one, two) < (1e-4 if 'information' in request.node.name else 1e-5)
     if 'parts' in request.node.name:   # in double precision
         assert weights_apart(one, two) < 1e-10
-        assert weights_apart(*(weights(folder, 'average') for folder in folders.values())) < 1e-10
+        assert weights_apart(*(weights(folder, 'ema') for folder in folders.values())) < 1e-10
 
 
 def test_two_processes_log_what_one_does(folders):
@@ -114,7 +114,7 @@ def test_the_sets_of_images_of_these_tests_are_what_they_should_be(home):
 def stop(children, out, lines):
     "Ask processes to stop once so many lines are in the log."
     while not (out/'metrics.jsonl').exists() or len((out/'metrics.jsonl').read_text().splitlines()) < lines:
-        assert children.alive(), children.said()
+        assert children.alive(), children.output()
         time.sleep(.002)
     for process in children.processes: os.kill(process.pid, signal.SIGTERM)
     children.wait(code=130)
@@ -158,7 +158,7 @@ def test_a_sharded_run_that_was_stopped_goes_on(sharded, home, tmp_path, again):
 def launch(n, *args):
     "Start the command in `n` processes that train together, as a user would."
     launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n),
-                '--no-python', sys.executable, '-c', 'from radio_nb.cli import main; main()']
+                '--no-python', sys.executable, '-c', 'from radio_nb.front.cli import main; main()']
     return subprocess.Popen([*launcher, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env=os.environ | {'OMP_NUM_THREADS': '1'})
 
@@ -173,7 +173,7 @@ def test_two_processes_stop_together_and_go_on_as_one(tmp_path):
     for out, more in (tmp_path/'run', ['--resume']), (tmp_path/'whole', []):
         child = Children(1, out, command, 'distill', *flags, '--out', out, *more)
         child.wait()
-        assert child.said().count('The report is') == 1
+        assert child.output().count('The report is') == 1
     # small rounding differences grow from step to step, but it is the same student
     assert weights_apart(weights(tmp_path/'run'), weights(tmp_path/'whole')) < 1e-4
 

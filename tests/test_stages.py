@@ -18,7 +18,7 @@ from radio_nb.training.recipe import Partition, Recipe, Stage, read_recipe
 from radio_nb.training.stages import StagePlan, BatchPartition, plan_stages
 from radio_nb.training.statistics import Source, load_normalizers
 from radio_nb.models.student import Student
-from radio_nb.training.train import distill, new_distill_step
+from radio_nb.training.train import new_distill_step, run_recipe
 from radio_nb.training.trainer import DistillStep, Trainer
 
 TOML = '''
@@ -63,23 +63,23 @@ restart_lr = false
 
 @pytest.fixture(scope='module')
 def staged(tmp_path_factory):
-    "The recipe and folder of a run in stages, and what the command said."
+    "The recipe and folder of a run in stages, and what the command printed."
     home = tmp_path_factory.mktemp('stages')
     file, out = home/'stages.toml', home/'run'
     file.write_text(TOML.format(images=small_images(home/'images', 14), out=out))
-    child = Children(1, home/'said', command, 'distill', '--recipe', file)
+    child = Children(1, home/'log', command, 'distill', '--recipe', file)
     child.wait()
-    return Recipe(**read_recipe(file)), out, child.said()
+    return Recipe(**read_recipe(file)), out, child.output()
 
 
 def test_stages_of_three_sizes_in_one_batch_run_from_a_file(staged):
-    recipe, out, said = staged
-    table = [line.split() for line in said.splitlines() if line.startswith('zoo:u2netp')]
+    recipe, out, printed = staged
+    table = [line.split() for line in printed.splitlines() if line.startswith('zoo:u2netp')]
     assert {row[0] for row in table} == set(recipe.teachers) and len(table) == 4   # new crops and new images of two teachers
-    assert 'The report is' in said and (out/'report.html').stat().st_size > 10_000
+    assert 'The report is' in printed and (out/'report.html').stat().st_size > 10_000
     lines = [json.loads(line) for line in (out/'metrics.jsonl').open()]
     assert [list(line['teachers']) for line in lines] == [['zoo:u2netp#64']]*2 + [list(recipe.teachers)]*4
-    assert lines[1]['lr'] < recipe.lr/10 and max(lines[2]['lr'], lines[3]['lr']) > recipe.lr/2   # it rises anew in the second stage
+    assert lines[1]['lr'] < recipe.lr/10 and max(lines[2]['lr'], lines[3]['lr']) > recipe.lr/2   # it rises again in the second stage
     parts = plan_stages(recipe, list(recipe.teachers))[1].parts
     assert [part.size for part in parts] == [(224, 224), (160, 288), (512, 512)]
 
@@ -93,16 +93,16 @@ def test_a_run_goes_on_at_a_boundary_to_the_same_bits(staged, tmp_path, step):
     for name in ('student.safetensors', 'match.json', 'report.html'): (tmp_path/'run'/name).unlink()
     for later in range(step + 1, 7): (tmp_path/'run'/'checkpoints'/f'{later:08d}.pt').unlink()
     if step == 2: (tmp_path/'run'/'statistics-2.safetensors').unlink()
-    distill(again, resume=True)
+    run_recipe(again, resume=True)
     assert (tmp_path/'run'/'student.safetensors').read_bytes() == (out/'student.safetensors').read_bytes()
 
 
 def denormalized(student, name, normalizer, images):
-    "What a student says of a teacher's grid in the teacher's own terms."
+    "A student's grid for a teacher, in the teacher's own space."
     return normalizer.inverse(student(images)[name].spatial)
 
 
-def test_new_statistics_leave_what_the_student_says(staged):
+def test_new_statistics_leave_the_student_s_outputs(staged):
     "At the boundary of the run above, with the trainer's own step over it."
     recipe, out, _ = staged
     plan, widths = plan_stages(recipe, list(recipe.teachers)), Student.from_pretrained(out).config['teachers']
@@ -112,13 +112,13 @@ def test_new_statistics_leave_what_the_student_says(staged):
     name, images = recipe.teachers[0], torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     assert list(old) == [name] and list(new) == list(recipe.teachers)
     assert (old[name].mean - new[name].mean).abs().max() > 1e-3   # it was measured on other crops
-    def teacher_features(normalizer):
-        with torch.no_grad(): return [denormalized(student.eval(), name, normalizer, images) for student in trainer.weights.students()]
-    before = teacher_features(old[name])
-    optimizer = trainer.weights.optimizer
-    trainer.enter(plan[1], [], new, old)
-    assert trainer.weights.optimizer is not optimizer and len(before) == 2   # the student and its average
-    for a, b in zip(before, teacher_features(new[name])): torch.testing.assert_close(a, b, atol=1e-3*a.abs().max().item(), rtol=0)
+    def outputs(normalizer):
+        with torch.no_grad(): return [denormalized(student.eval(), name, normalizer, images) for student in trainer.state.students()]
+    before = outputs(old[name])
+    optimizer = trainer.state.optimizer
+    trainer.start_stage(plan[1], [], new, old)
+    assert trainer.state.optimizer is not optimizer and len(before) == 2   # the student and its average
+    for a, b in zip(before, outputs(new[name])): torch.testing.assert_close(a, b, atol=1e-3*a.abs().max().item(), rtol=0)
     with torch.no_grad(): wrong = denormalized(trainer.student, name, old[name], images)
     assert (wrong - before[0]).abs().max() > 1e-2*before[0].abs().max()   # so that the test above means something
 
@@ -134,14 +134,16 @@ def cut_batches(draw):
 @settings(max_examples=60, deadline=None)
 @given(cut_batches())
 def test_over_all_rotations_the_weighted_losses_are_those_of_the_whole_batch(case):
-    "Every image stands at every place once; a teacher that sees half of the places is then heard as if it saw all of them."
+    "Every image stands at every position once; a teacher that sees half of the positions then counts as if it saw all of them."
     counts, groups, seed = case
     n, names = sum(counts), sorted({name for group in groups for name in group})
     stage = Stage(1, partitions=tuple(Partition(count/n, 32, group) for count, group in zip(counts, groups)))
     parts = plan_stages(Recipe('zoo:photos', tuple(names), 'x', batch_size=n, stages=(stage,)), names)[0].parts
     random = torch.Generator().manual_seed(seed)
-    def teacher_features(): return {name: Features(*(torch.randn(*shape, generator=random) for shape in ((n, 5), (n, 2, 2, 3)))) for name in names}
-    said, targets, ones = teacher_features(), teacher_features(), dict.fromkeys(names, 1.)
+    def drawn():
+        shapes = (n, 5), (n, 2, 2, 3)
+        return {name: Features(*(torch.randn(*shape, generator=random) for shape in shapes)) for name in names}
+    outputs, targets, ones = drawn(), drawn(), dict.fromkeys(names, 1.)
     loss = MultiTeacherLoss('phi-s', ones, ones)
     total = 0
     for shift in range(n):
@@ -149,8 +151,8 @@ def test_over_all_rotations_the_weighted_losses_are_those_of_the_whole_batch(cas
         def take(features, part, order=order):
             rows = order[slice(*part.span)]
             return {name: Features(*(tensor[rows] for tensor in features[name])) for name in part.weights}
-        total += sum(loss(take(said, part), take(targets, part), scale=part.weights)[0] for part in parts)/n
-    torch.testing.assert_close(total, loss(said, targets)[0])
+        total += sum(loss(take(outputs, part), take(targets, part), scale=part.weights)[0] for part in parts)/n
+    torch.testing.assert_close(total, loss(outputs, targets)[0])
     for name in names: assert sum(part.weights.get(name, 0) for part in parts) == pytest.approx(1)
 
 
@@ -179,7 +181,7 @@ def test_a_teacher_that_changes_its_width_within_a_run_is_named():
     loss = MultiTeacherLoss('phi-s', {'fickle': 1.}, {'fickle': 1.})
     trainer = Trainer(DistillStep(Few(3), loss), recipe, torch.device('cpu'))
     stage_plan = StagePlan(0, 5, (part,), (0, 5), ('fickle',))
-    trainer.enter(stage_plan, [Source(part, None, {'fickle': fickle})], {'fickle': Normalizer.blank('phi-s', 3)})
+    trainer.start_stage(stage_plan, [Source(part, None, {'fickle': fickle})], {'fickle': Normalizer(torch.zeros(3), torch.eye(3), torch.eye(3))})
     batch = Batch(torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8), {}, torch.tensor([-1, -1]))
     trainer(batch), trainer(batch)
     before = {key: tensor.clone() for key, tensor in trainer.state_dict()['weights'].items()}

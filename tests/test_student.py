@@ -1,4 +1,7 @@
 "The student: windows and pyramids against oracles, what the optimizer decays, and that it compiles and exports."
+import subprocess
+import sys
+
 import radio_nb  # noqa: F401, I001  before timm, so that torchvision can be imported
 import pytest
 import torch
@@ -10,19 +13,22 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.testing import assert_close
 
-from radio_nb.models.backbones import Transformer, find_network, new_backbone
+from radio_nb.cifd.controlled_flow import TokenBottleneck
 from radio_nb.front.cli import main
-from radio_nb.targets.bad_input import BadInput
+from radio_nb.models.backbones import Transformer, find_network, new_backbone
 from radio_nb.models.student import Head, Student
 from radio_nb.models.tokens import from_windows, into_windows, windowed, windowed_blocks
+from radio_nb.targets.bad_input import BadInput
 
 TEACHERS = {'clip': (24, 40), 'sam': (0, 16)}
 
 
-def small(name='vit_tiny_patch16_224', **options):
+def small(name='vit_tiny_patch16_224', bottleneck=False, **options):
     torch.manual_seed(0)
     depth = {'depth': 3} if name.startswith('vit') else {}
-    return Student(name, TEACHERS, head_width=32, **depth, **options)
+    student = Student(name, TEACHERS, head_width=32, **depth, **options)
+    if bottleneck: student.neck = TokenBottleneck(student.backbone.dim)
+    return student
 
 
 @settings(deadline=None, max_examples=40)
@@ -49,9 +55,9 @@ def test_copies_of_the_prefix_are_averaged():
     block = Block(16, 2).eval()
     tokens = torch.randn(1, 5 + 3*4, 16)
     each = torch.stack([block(torch.cat([tokens[:, :5], window], 1)) for window in tokens[:, 5:].split(4, 1)])
-    seen = windowed(block, tokens, 5, 4)
-    assert_close(seen[:, :5], each[:, :, :5].mean(0))
-    assert_close(seen[:, 5:], torch.cat([*each[:, :, 5:]], 1))
+    out = windowed(block, tokens, 5, 4)
+    assert_close(out[:, :5], each[:, :, :5].mean(0))
+    assert_close(out[:, 5:], torch.cat([*each[:, :, 5:]], 1))
 
 
 @pytest.mark.parametrize('n_blocks, everywhere', [(1, [0]), (4, [1, 3]), (5, [1, 3, 4]), (12, [2, 5, 8, 11]), (24, [5, 11, 17, 23])])
@@ -128,7 +134,7 @@ def test_with_heads_only_the_backbone_gets_no_gradient(name):
     student, images = small(name, bottleneck=True), torch.rand(2, 3, 64, 64)
     def learners():
         student.zero_grad(set_to_none=True)
-        sum(part.sum() for said in student(images).values() for part in said).backward()
+        sum(part.sum() for features in student(images).values() for part in features).backward()
         return {parameter.partition('.')[0] for parameter, p in student.named_parameters() if p.grad is not None}
     student.heads_only = True
     assert learners() == {'summary_heads', 'spatial_heads'}
@@ -139,13 +145,13 @@ def test_with_heads_only_the_backbone_gets_no_gradient(name):
 @pytest.mark.parametrize('name', ['resnet10t', 'convnext_atto', 'efficientnet_lite0', 'fastvit_t8', 'regnetx_002', 'mobilenetv3_small_050'])
 def test_a_pyramid_uses_every_parameter_and_comes_back_from_its_folder(name, tmp_path):
     student, images = small(name), torch.rand(2, 3, 64, 96)
-    said = student(images)
-    sum(part.square().sum() for features in said.values() for part in features).backward()
+    outputs = student(images)
+    sum(part.square().sum() for features in outputs.values() for part in features).backward()
     assert not [parameter for parameter, p in student.named_parameters() if p.grad is None]
-    assert said['sam'].spatial.shape == (2, 4, 6, 16) and said['clip'].summary.shape == (2, 24)
+    assert outputs['sam'].spatial.shape == (2, 4, 6, 16) and outputs['clip'].summary.shape == (2, 24)
     student.eval().save_pretrained(tmp_path)
-    again = Student.from_pretrained(tmp_path)
-    with torch.inference_mode(): assert torch.equal(again(images)['clip'].spatial, student(images)['clip'].spatial)
+    reloaded = Student.from_pretrained(tmp_path)
+    with torch.inference_mode(): assert torch.equal(reloaded(images)['clip'].spatial, student(images)['clip'].spatial)
 
 
 def test_a_pyramid_is_its_stages_put_together_by_hand():
@@ -156,7 +162,7 @@ def test_a_pyramid_is_its_stages_put_together_by_hand():
         for stage in network.stages[:3]: x = stage(x)
         fine, coarse = unit(x), unit(network.stages[3](x))
         grid = nn.functional.conv2d(fine, backbone.proj.weight, backbone.proj.bias)
-        # each place of the coarse map is written to 2 × 2 places of the fine one
+        # each position of the coarse map is written to 2 × 2 positions of the fine one
         up = torch.einsum('bchw,cdij->bdhiwj', coarse, backbone.up.weight).flatten(4).flatten(2, 3)
         grid = backbone.norm((grid + up + backbone.up.bias[:, None, None]).movedim(1, -1))
         summary, spatial = backbone(images)
@@ -184,7 +190,7 @@ def test_weights_from_a_file_fill_a_pyramid(tmp_path):
 
 
 @pytest.mark.parametrize('name, options, message', [
-    ('vit_tiny_r_s16_p8_224', {}, 'no plain vision transformer.* convnext_atto'),
+    ('vit_tiny_r_s16_p8_224', {}, 'not a plain vision transformer.* convnext_atto'),
     ('inception_v3', {}, 'does not see images of any size'),
     ('resnet10t', {'stem': 'resnet10t'}, 'stem is for vision transformers'),
     ('vit_tiny_patch16_224', {'windows': (4, -2)}, 'give the sides of windows in patches, or 0 for none'),
@@ -218,12 +224,12 @@ def test_it_compiles_to_one_graph_that_draws_what_it_would_have_drawn(name, opti
     torch._dynamo.reset()
     student, images = small(name, **options).train(training), torch.rand(2, 3, 64, 96)
     compiled = torch.compile(student, fullgraph=True, backend='aot_eager')
-    answers = []
+    outputs = []
     for model in (student, compiled):
         torch.manual_seed(1)
-        answers.append(model(images))
-    for teacher in TEACHERS: assert_close(tuple(answers[1][teacher]), tuple(answers[0][teacher]))
-    if training: sum(part.sum() for said in answers[1].values() for part in said).backward()
+        outputs.append(model(images))
+    for teacher in TEACHERS: assert_close(tuple(outputs[1][teacher]), tuple(outputs[0][teacher]))
+    if training: sum(part.sum() for features in outputs[1].values() for part in features).backward()
 
 
 def test_windows_compile_when_they_are_drawn_before():
@@ -246,3 +252,9 @@ def test_it_exports(name, options):
     program = torch.export.export(student, (images,)).module()
     with torch.inference_mode(): theirs, ours = program(images), student(images)
     for teacher in TEACHERS: assert_close(tuple(theirs[teacher]), tuple(ours[teacher]))
+
+
+def test_a_student_is_loaded_without_what_only_training_and_reports_need():
+    script = ('import sys; from radio_nb.models.student import Student; '
+              'print({"open_clip", "datasets", "plotly", "radio_nb.cifd"} & sys.modules.keys())')
+    assert subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True).stdout == 'set()\n'

@@ -23,7 +23,7 @@ from radio_nb.training.trainer import check_losses, check_width
 
 
 def start(*args):
-    return subprocess.Popen([sys.executable, '-c', 'from radio_nb.cli import main; main()', *map(str, args)],
+    return subprocess.Popen([sys.executable, '-c', 'from radio_nb.front.cli import main; main()', *map(str, args)],
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -119,4 +119,4 @@ def test_a_dead_worker_is_reported_in_one_line(tmp_path):
 
 def test_a_teacher_that_changes_its_width_is_named():
     with pytest.raises(BadInput, match='step 7: teacher fickle gives 5 channels, and gave 3 when'):
-        check_width(7, 'fickle', torch.rand(1, 2, 2, 5), Normalizer.blank('phi-s', 3))
+        check_width(7, 'fickle', torch.rand(1, 2, 2, 5), Normalizer(torch.zeros(3), torch.eye(3), torch.eye(3)))

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-import radio_nb.zero_shot as zero_shot
-from radio_nb.targets.bad_input import BadInput
+from radio_nb.evaluation import zero_shot
 from radio_nb.evaluation.zero_shot import TEMPLATES, TextTower, cached_embeddings, class_embeddings, zero_shot_accuracy
+from radio_nb.targets.bad_input import BadInput
 
 ARCH = 'ViT-S-32-alt'
 
@@ -72,13 +72,14 @@ def test_a_text_tower_from_a_file_has_no_image_half(clip_file):
     assert not any(p.requires_grad for p in tower.model.parameters())
 
 
-def test_an_answer_that_is_kept_needs_no_tower(clip_file, tmp_path, monkeypatch):
+def test_embeddings_that_are_kept_need_no_tower(clip_file, tmp_path, monkeypatch):
     spec, names = f'open_clip:{ARCH}@{clip_file}', ['cat', 'dog']
     first = cached_embeddings(spec, names, ('a {}',), tmp_path)
     def no_tower(spec): raise AssertionError('loaded')
     monkeypatch.setattr(zero_shot, 'TextTower', no_tower)
     assert_close(cached_embeddings(spec, names, ('a {}',), tmp_path), first, atol=0, rtol=0)
-    assert_close(cached_embeddings(f'{spec}#256', names, ['a {}'], tmp_path), first, atol=0, rtol=0)   # the size of images is no matter
+    at_another_size = cached_embeddings(f'{spec}#256', names, ['a {}'], tmp_path)   # of images, which does not matter
+    assert_close(at_another_size, first, atol=0, rtol=0)
     for other in ((spec, names[::-1], ('a {}',)), (spec, names, ('the {}',)), (spec, ['cat'], ('a {}',))):
         with pytest.raises(AssertionError, match='loaded'): cached_embeddings(*other, tmp_path)
     os.utime(clip_file, (1, 1))
@@ -108,7 +109,8 @@ def test_towers_that_cannot_be_had(spec, message):
 
 
 @pytest.mark.parametrize('change, message', [
-    (lambda x, y, e: (x, y, e[:, :3]), 'the summaries have 5 channels and the class embeddings 3: they must come from one CLIP model'),
+    (lambda x, y, e: (x, y, e[:, :3]),
+     'the summaries have 5 channels and the class embeddings 3: they must come from one CLIP model'),
     (lambda x, y, e: (x, y[:3], e), r'zero-shot needs summaries \(n, C\) and classes \(n,\), not \(9, 5\) and \(3,\)'),
     (lambda x, y, e: (x/0, y, e), 'the summaries are not all finite'),
     (lambda x, y, e: (x, y + 4, e), 'but there are embeddings of 4 classes'),
@@ -120,7 +122,7 @@ def test_what_does_not_fit_is_refused(change, message):
 
 @pytest.mark.parametrize('names, templates, message', [
     ([], TEMPLATES, 'there are no classes'), (['cat'], (), 'class embeddings need a template'),
-    (['cat'], ('a cat',), "the template 'a cat' has no place {} for the name"),
+    (['cat'], ('a cat',), "the template 'a cat' has no {} for the name"),
 ])
 def test_classes_without_sentences_are_refused(names, templates, message):
     with pytest.raises(BadInput, match=message): class_embeddings(None, None, names, templates)

@@ -6,8 +6,6 @@
 __all__ = ['CHUNK', 'BLOCK', 'unit_rows', 'nearest', 'knn_predict', 'knn_accuracy']
 
 # %% ../../nbs/evaluation/02_knn.ipynb #d6ee7ca4
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -21,8 +19,8 @@ def unit_rows(
     "Directions of vectors. Raises `BadInput` for NaN and infinity."
     rows = rows.float()
     lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    if not (good := lengths.isfinite()).all():
-        raise BadInput(f'NaN or infinity in {(~good).sum().item()} of {len(rows)} {whose}; run that model in bfloat16 or float32')
+    bad = (~lengths.isfinite()).sum().item()
+    if bad: raise BadInput(f'NaN or infinity in {bad} of {len(rows)} {whose}; run that model in bfloat16 or float32')
     return rows/lengths.clamp(min=1e-12)
 
 # %% ../../nbs/evaluation/02_knn.ipynb #1040c9fe
@@ -32,8 +30,8 @@ def nearest(
     references:Tensor,     # (n, C), on any device
     queries:Tensor,        # (q, C)
     k:int,                 # how many neighbours, n at most
-)->tuple[Tensor, Tensor]:  # cosine similarities, the largest first, and which references they are, both (q, k), where the queries are
-    "The `k` references of the most similar direction for each query."
+)->tuple[Tensor, Tensor]:  # cosine similarities, the largest first, and indices of the references, both (q, k)
+    "The `k` references of the most similar direction for each query, on the device of the queries."
     best = torch.full((len(queries), k), -torch.inf, device=queries.device)
     where = torch.zeros(len(queries), k, dtype=torch.int64, device=queries.device)
     for start in range(0, len(references), CHUNK):
@@ -52,12 +50,14 @@ def _check(train_x, train_y, test_x, k, temperature):
     if train_x.ndim != 2 or test_x.ndim != 2 or train_x.shape[1] != test_x.shape[1]:
         raise BadInput(f'features must be (n, C) and (q, C), not {tuple(train_x.shape)} and {tuple(test_x.shape)}')
     _check_labels(train_y, len(train_x), 'references')
-    if not 1 <= k <= len(train_x): raise BadInput(f'k is {k}, but must be from 1 to {len(train_x)}, the number of references')
+    if not 1 <= k <= len(train_x):
+        raise BadInput(f'k is {k}, but must be from 1 to {len(train_x)}, the number of references')
     if not temperature > 0: raise BadInput(f'the temperature is {temperature}, but must be above 0')
 
 def _check_labels(labels, n, whose):
     if labels.shape != (n,) or labels.is_floating_point():
-        raise BadInput(f'labels of {n} {whose} must be whole numbers of shape ({n},), not {labels.dtype} of shape {tuple(labels.shape)}')
+        raise BadInput(f'labels of {n} {whose} must be whole numbers of shape ({n},), '
+                       f'not {labels.dtype} of shape {tuple(labels.shape)}')
 
 # %% ../../nbs/evaluation/02_knn.ipynb #13139221
 @torch.no_grad()

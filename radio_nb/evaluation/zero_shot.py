@@ -12,8 +12,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import radio_nb  # noqa: F401  before open_clip, so that torchvision can be imported
-import open_clip
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -23,24 +21,26 @@ from torch import Tensor
 from ..targets.bad_input import BadInput
 from ..models.specs import parse_spec
 from ..models.teachers import open_clip_model
+import open_clip  # after radio_nb, see its `__init__`
 
 # %% ../../nbs/evaluation/03_zero_shot.ipynb #16f3467a
-TEMPLATES = ('a photo of a {}.', 'a photo of one {}, seen close up.', 'a photo with a {} far away.', 'a picture of a {} in bad light.',
-             'a blurred picture of a {}.', 'a small picture of a {}.', 'part of a {} in a photo.', 'a drawing of a {}.')
+TEMPLATES = ('a photo of a {}.', 'a photo of one {}, seen close up.', 'a photo with a {} far away.',
+             'a picture of a {} in bad light.', 'a blurred picture of a {}.', 'a small picture of a {}.',
+             'part of a {} in a photo.', 'a drawing of a {}.')
 
 @torch.inference_mode()
 def class_embeddings(
     tower:Callable[[Tensor], Tensor],           # from tokens (n, length) to embeddings (n, C), such as `TextTower`
     tokenizer:Callable[[list[str]], Tensor],    # from sentences to tokens
     names:list[str],                            # of the classes
-    templates:tuple[str, ...]=TEMPLATES,        # sentences with a place {} for the name
+    templates:tuple[str, ...]=TEMPLATES,        # sentences with {} where the name goes
     chunk:int=256,                              # sentences at once
 )->Tensor:                                      # (classes, C) of unit length
-    "A direction for each class. Raises `BadInput` for no names and for templates without a place."
+    "A direction for each class. Raises `BadInput` for no names and for templates without {}."
     if not names: raise BadInput('there are no classes to tell apart')
     if not templates: raise BadInput('class embeddings need a template, such as "a photo of a {}."')
     for template in templates:
-        if '{}' not in template: raise BadInput(f'the template {template!r} has no place {{}} for the name of a class')
+        if '{}' not in template: raise BadInput(f'the template {template!r} has no {{}} for the name of a class')
     sentences = [template.replace('{}', name) for name in names for template in templates]
     chunks = [sentences[i:i + chunk] for i in range(0, len(sentences), chunk)]
     embeddings = torch.cat([F.normalize(tower(tokenizer(chunk)).float(), dim=-1) for chunk in chunks])
@@ -111,8 +111,16 @@ def _key(spec, names, templates):
 def _read(path, key):
     "The embeddings in a file, or None where there are none for this key."
     try:
-        with safe_open(path, 'pt') as file: return file.get_tensor('embeddings') if (file.metadata() or {}).get('key') == key else None
+        with safe_open(path, 'pt') as file:
+            if (file.metadata() or {}).get('key') != key: return None
+            return file.get_tensor('embeddings')
     except (OSError, SafetensorError): return None
+
+def _write(path, key, embeddings):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f'.{os.getpid()}.part')   # its own for each process, and whole when it gets its name
+    save_file({'embeddings': embeddings}, part, {'key': key})
+    os.replace(part, path)
 
 def cached_embeddings(
     spec:str,                            # of an open_clip model, see `TextTower`
@@ -128,9 +136,5 @@ def cached_embeddings(
     if kept is not None: return kept
     tower = TextTower(spec)
     embeddings = class_embeddings(tower, tower.tokenizer, names, templates).contiguous()
-    if lasting:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f'.{os.getpid()}.part')   # its own for each process, and whole when it gets its name
-        save_file({'embeddings': embeddings}, part, {'key': key})
-        os.replace(part, path)
+    if lasting: _write(path, key, embeddings)
     return embeddings

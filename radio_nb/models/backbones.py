@@ -8,7 +8,6 @@ __all__ = ['TimmNetwork', 'find_network', 'strides', 'Stages', 'Backbone', 'Stem
 # %% ../../nbs/models/06_backbones.ipynb #6f716343
 from typing import NamedTuple
 
-import radio_nb  # noqa: F401  before timm, so that torchvision can be imported
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d, PatchEmbed
@@ -39,13 +38,14 @@ def find_network(
     if spec.source == 'open_clip': raise BadInput(f'a student starts from a timm network, not from {name}')
     model = zoo_model(spec.name).load() if spec.source == 'zoo' else timm_model(spec)
     cfg = getattr(model, 'default_cfg', None)
-    if cfg is None: raise BadInput(f'a student starts from a timm network, and {name} is none; zoo:efficientnet-lite0 is one')
+    if cfg is None:
+        raise BadInput(f'a student starts from a timm network, and {name} is not one; zoo:efficientnet-lite0 is')
     return TimmNetwork(model, cfg['mean'], cfg['std'], cfg['architecture'])
 
 # %% ../../nbs/models/06_backbones.ipynb #fc6db567
 def strides(
     model:nn.Module,
-)->set[int]: # pixels that one place of a map stands for; empty for a network whose stages timm cannot give
+)->set[int]: # sides, in pixels, of what one position of a map stands for; empty if timm cannot give the stages
     "The strides of a network's stages."
     if not hasattr(model, 'prune_intermediate_layers'): return set()
     return {stage['reduction'] for stage in model.feature_info}
@@ -58,7 +58,8 @@ class Stages(nn.Module):
     ):
         super().__init__()
         if not strides(network.model) >= {*wanted}:
-            raise BadInput(f'{network.architecture} has no stage of stride {" and ".join(map(str, wanted))}; resnet18 has')
+            raise BadInput(f'{network.architecture} has no stage of stride {" and ".join(map(str, wanted))}; '
+                           'resnet18 has')
         last = {stage['reduction']: (i, stage['num_chs']) for i, stage in enumerate(network.model.feature_info)}
         self.indices, self.channels = zip(*(last[stride] for stride in wanted))
         network.model.prune_intermediate_layers(list(self.indices), prune_norm=True, prune_head=True)
@@ -74,9 +75,9 @@ class Backbone(nn.Module):
     "Images of any size, (B, 3, H, W) in [0, 1], to class tokens (B, n_class, dim) and a grid (B, h, w, dim)."
     def __init__(self,
         network:TimmNetwork,  # whose input is normalized as this backbone's
-        patch:int,        # what the sides of an image must be a multiple of, in pixels
-        dim:int,          # width of class tokens and grid
-        n_class:int,      # how many class tokens
+        patch:int,            # what the sides of an image must be a multiple of, in pixels
+        dim:int,              # width of class tokens and grid
+        n_class:int,          # how many class tokens
     ):
         super().__init__()
         self.patch, self.dim, self.n_class, self.architecture, self.stem = patch, dim, n_class, network.architecture, ''
@@ -85,8 +86,9 @@ class Backbone(nn.Module):
 
     def normalize(self, images:Tensor)->Tensor:
         "Images as the network expects them. Raises `BadInput` for sides that do not fit."
-        if any(side % self.patch for side in images.shape[-2:]):
-            raise BadInput(f'a student with patches of {self.patch} cannot see {images.shape[-2]} × {images.shape[-1]} pixels: '
+        h, w = images.shape[-2:]
+        if h % self.patch or w % self.patch:
+            raise BadInput(f'a student with patches of {self.patch} cannot see {h} × {w} pixels: '
                            f'make both sides a multiple of {self.patch}')
         return (images - self.mean)/self.std
 
@@ -95,13 +97,13 @@ class Stem(Stages):
     "The first stages of a network in place of a patch embedding: (B, 3, H, W) to (B, dim, H/16, W/16)."
     def __init__(self,
         network:TimmNetwork,
-        dim:int,          # width of the tokens
+        dim:int,              # width of the tokens
     ):
         super().__init__(network, (16,))
         self.proj = nn.Conv2d(self.channels[0], dim, 1)
 
     def train(self, mode:bool=True):
-        "Batch normalization stays as it came."
+        "Batch normalization stays in evaluation mode."
         super().train(mode)
         for module in self.model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm): module.eval()
@@ -127,14 +129,14 @@ def _positions(vit):
 
 # %% ../../nbs/models/06_backbones.ipynb #42954b14
 class Transformer(Backbone):
-    "A vision transformer as a backbone; its grid has a place for every patch."
+    "A vision transformer as a backbone; its grid has a position for every patch."
     def __init__(self,
-        network:TimmNetwork,              # with a timm `VisionTransformer`
-        n_class:int,                  # how many class tokens
-        stem:TimmNetwork|None=None,       # a convolutional network to stand in for the patch embedding
-        drop:float=.1,                # share of position vectors that are dropped in training
-        depth:int=0,                  # keep only the first so many blocks; 0 for all
-        windows:tuple[int, ...]=(),   # sides of windows to draw from in training, in patches; 0 for none
+        network:TimmNetwork,         # with a timm `VisionTransformer`
+        n_class:int,                 # how many class tokens
+        stem:TimmNetwork|None=None,  # a convolutional network in place of the patch embedding
+        drop:float=.1,               # fraction of position vectors that are dropped in training
+        depth:int=0,                 # keep only the first so many blocks; 0 for all
+        windows:tuple[int, ...]=(),  # sides of windows to draw from in training, in patches; 0 for none
     ):
         vit = network.model
         super().__init__(stem or network, 16 if stem else vit.patch_embed.patch_size[0], vit.embed_dim, n_class)
@@ -143,7 +145,8 @@ class Transformer(Backbone):
         self.prefix, self.positions = _prefix(vit, n_class), _positions(vit)
         self.drop, self.norm_pre, self.blocks, self.norm = drop, vit.norm_pre, vit.blocks, vit.norm
         if depth: self.blocks = self.blocks[:depth]
-        if min(windows, default=0) < 0: raise BadInput(f'windows {windows}: give the sides of windows in patches, or 0 for none')
+        if min(windows, default=0) < 0:
+            raise BadInput(f'windows {windows}: give the sides of windows in patches, or 0 for none')
         self.windows = tuple(windows)
         self.window = None  # set it to a side to have these windows, in training and in evaluation; to 0 to have none
 
@@ -161,7 +164,9 @@ class Transformer(Backbone):
         n, _, h, w = grid.shape
         side, prefix = self._side(h, w), self.prefix.shape[1]
         positions = self.positions(n, h, w)
-        if self.training: positions = positions*(uniform(*positions.shape, device=positions.device) >= self.drop)/(1 - self.drop)
+        if self.training:
+            keep = uniform(*positions.shape, device=positions.device) >= self.drop
+            positions = positions*keep/(1 - self.drop)
         tokens = self.norm_pre(torch.cat([self.prefix.expand(n, -1, -1), grid.flatten(2).mT + positions], 1))
         tokens = windowed_blocks(self.blocks, tokens, prefix, (h, w), side) if side else self.blocks(tokens)
         tokens = self.norm(tokens)
@@ -170,26 +175,28 @@ class Transformer(Backbone):
     def _side(self, h, w):
         side = self.window
         if side is None: return self.draw_window(h, w) if self.training else 0
-        if side and (h % side or w % side): raise BadInput(f'windows of {side} × {side} patches do not tile a grid of {h} × {w}')
+        if side and (h % side or w % side):
+            raise BadInput(f'windows of {side} × {side} patches do not tile a grid of {h} × {w}')
         return side
 
     def no_weight_decay(self)->set[str]:
-        "Parameters that are no weights but tokens: they may be as long as they like (timm's convention)."
+        "Parameters that are tokens, not weights, and therefore not decayed (timm's convention)."
         return {'prefix', 'positions.table'}
 
 # %% ../../nbs/models/06_backbones.ipynb #8150ea95
 class Pyramid(Backbone):
-    "A network of stages as a backbone, as E-RADIO (arXiv 2312.06709, §5.1); its grid has a place for 16 × 16 pixels."
+    "A network of stages as a backbone (E-RADIO, arXiv 2312.06709, §5.1); a position of its grid is 16 × 16 pixels."
     def __init__(self,
         network:TimmNetwork,  # with stages of stride 16 and 32
-        n_class:int,      # how many class tokens, all the same average
+        n_class:int,          # how many class tokens, all the same average
     ):
         stages = Stages(network, (16, 32))
         n_fine, dim = stages.channels
         super().__init__(network, 32, dim, n_class)
         self.stages, self.norms = stages, nn.ModuleList([LayerNorm2d(n_fine), LayerNorm2d(dim)])
-        self.proj, self.up, self.norm = nn.Conv2d(n_fine, dim, 1), nn.ConvTranspose2d(dim, dim, 2, stride=2), nn.LayerNorm(dim)
-        self._look()
+        self.proj, self.up = nn.Conv2d(n_fine, dim, 1), nn.ConvTranspose2d(dim, dim, 2, stride=2)
+        self.norm = nn.LayerNorm(dim)
+        self._check_sizes()
 
     def forward(self, images)->Features:
         "The class tokens (B, n_class, dim) and the grid (B, h, w, dim). Raises `BadInput` for sides that do not fit."
@@ -198,8 +205,8 @@ class Pyramid(Backbone):
         average = coarse.mean((2, 3))[:, None].expand(-1, self.n_class, -1)
         return Features(self.norm(average), self.norm(grid))
 
-    def _look(self):
-        "Look at a blank image. Raises `BadInput` for a network that is built for one size of images."
+    def _check_sizes(self):
+        "Pass a blank image through. Raises `BadInput` for a network that is built for one size of images."
         self.eval()
         try:
             with torch.no_grad(): self(torch.zeros(1, 3, 64, 96))
@@ -217,7 +224,7 @@ class Pyramid(Backbone):
 def new_backbone(
     name:str,                    # see `find_network`
     n_class:int,                 # how many class tokens
-    stem:str='',                 # see `find_network`; of a network to stand in for a transformer's patch embedding
+    stem:str='',                 # see `find_network`; a network in place of a transformer's patch embedding
     drop:float=.1,               # see `Transformer`; a pyramid has no positions to drop
     depth:int=0,                 # see `Transformer`
     windows:tuple[int, ...]=(),  # see `Transformer`
@@ -227,8 +234,8 @@ def new_backbone(
     if isinstance(network.model, VisionTransformer) and isinstance(network.model.patch_embed, PatchEmbed):
         return Transformer(network, n_class, find_network(stem) if stem else None, drop, depth, windows)
     if not strides(network.model) >= {16, 32}:
-        raise BadInput(f'{name} can be no student: it is no plain vision transformer, as vit_tiny_patch16_224 is, '
+        raise BadInput(f'{name} cannot be a student: it is not a plain vision transformer, as vit_tiny_patch16_224 is, '
                        'and has no stages of stride 16 and 32, as convnext_atto has')
     for option, given in {'stem': stem, 'depth': depth, 'windows': windows}.items():
-        if given: raise BadInput(f'{option} is for vision transformers, and {name} is none: leave it out')
+        if given: raise BadInput(f'{option} is for vision transformers, and {name} is not one: leave it out')
     return Pyramid(network, n_class)

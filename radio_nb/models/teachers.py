@@ -11,8 +11,6 @@ from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
-import radio_nb  # noqa: F401  before timm, so that torchvision can be imported
-import open_clip
 import timm
 import torch
 import torch.nn.functional as F
@@ -28,7 +26,7 @@ from .zoo import CifarResNet, zoo_model
 class Teacher(nn.Module):
     "A pretrained model, frozen: images (B, 3, H, W) in [0, 1] to `Features` in float32."
     def __init__(self,
-        name:str,                                # how messages and reports call it
+        name:str,                                # what messages and reports call it
         model:nn.Module,                         # the network
         features:Callable[[Tensor], Features],   # from normalized images to features
         size:int,                                # side of the images that it sees, in pixels
@@ -57,7 +55,7 @@ class Teacher(nn.Module):
         return Features(summary.float().clone(), spatial.float().clone())
 
     def widths(self)->tuple[int, int]:
-        "Channels of the summary and of the grid, found by looking at one grey image."
+        "Channels of the summary and of the grid, found by passing one grey image through."
         summary, spatial = self(torch.full((1, 3, self.size, self.size), .5, device=self.mean.device))
         return summary.shape[-1], spatial.shape[-1]
 
@@ -68,12 +66,12 @@ def as_grid(
     final:Tensor,     # what `forward_features` gave
     model:nn.Module,  # a timm model
 )->Tensor:            # (B, H, W, D)
-    "The last features of a timm model as a grid. Raises `BadInput` for a sequence that is no square grid."
+    "The last features of a timm model as a grid. Raises `BadInput` for a sequence that is not a square grid."
     if final.ndim == 4: return final if getattr(model, 'output_fmt', 'NCHW') == 'NHWC' else final.movedim(1, -1)
     tokens = final[:, getattr(model, 'num_prefix_tokens', 0):]
     side = round(tokens.shape[1]**.5)
     if side*side != tokens.shape[1]:
-        raise BadInput(f'{type(model).__name__} gives {tokens.shape[1]} tokens, which are no square grid: '
+        raise BadInput(f'{type(model).__name__} gives {tokens.shape[1]} tokens, which do not form a square grid: '
                        'wrap it with load_teacher(model, features=…) and return the grid yourself')
     return tokens.unflatten(1, (side, side))
 
@@ -96,21 +94,23 @@ def _summary_kind(model): return _summary_kinds.get(getattr(model, 'global_pool'
 def read_weights(
     path:Path,  # safetensors, or a checkpoint of tensors
 )->dict[str, Tensor]:
-    "The tensors of a weight file. Raises `BadInput` where there is none, or where reading it would run code."
+    "The tensors of a weight file. Raises `BadInput` if there is no such file, or if reading it would run code."
     if not Path(path).is_file(): raise BadInput(f'no such weight file: {path}')
     try: return timm.models.load_state_dict(str(path), weights_only=True)
     except Exception as e:
         reason = str(e).strip().splitlines()[0]
-        raise BadInput(f'{path} is not a file of weights that can be read safely ({reason}): save it as safetensors') from e
+        raise BadInput(f'{path} is not a file of weights that can be read safely ({reason}): '
+                       'save it as safetensors') from e
 
 # %% ../../nbs/models/03_teachers.ipynb #abde67cd
 def _misfit(model, weights):
-    "What keeps `weights` from filling `model`: missing keys, keys left over, wrong shapes. Classifiers do not count."
+    "What does not fit: missing keys, keys left over, wrong shapes. A classifier in the file is ignored."
     own = model.state_dict()
     heads = getattr(model, 'default_cfg', {}).get('classifier') or ()
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
     missing = [key for key in own if key not in weights and not key.endswith('num_batches_tracked')]
-    left_over = [key for key in weights if key not in own and not key.startswith(heads or ('classifier.', 'fc.', 'head.'))]
+    ignored = heads or ('classifier.', 'fc.', 'head.')
+    left_over = [key for key in weights if key not in own and not key.startswith(ignored)]
     shapes = [f'{key} {tuple(weights[key].shape)} for {tuple(own[key].shape)}'
               for key in own if key in weights and weights[key].shape != own[key].shape]
     return {'missing': missing, 'not in the model': left_over, 'of another shape': shapes}
@@ -120,8 +120,8 @@ def load_strict(
     model:nn.Module,          # a network
     weights:dict[str, Tensor],
     path:Path,                # where they come from, for the message
-)->nn.Module:                 # the network, filled
-    "Load weights that must fit, but for a classifier. Raises `BadInput` that names keys and shapes."
+)->nn.Module:                 # the same network, with the weights
+    "Load weights that must fit, all but a classifier. Raises `BadInput` that names keys and shapes."
     translate = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
     if translate is not None: weights = translate(weights, model)
     misfit = _misfit(model, weights)
@@ -136,7 +136,8 @@ def load_strict(
 def _from_zoo(spec, name):
     if spec.name.startswith('cifar-resnet'): return _from_cifar(spec, name)
     zoo = zoo_model(spec.name)
-    if spec.weights: raise BadInput(f'{name}: zoo models come with their weights; for a file of yours use timm:NAME@{spec.weights}')
+    if spec.weights:
+        raise BadInput(f'{name}: zoo models come with their weights; for your own file use timm:NAME@{spec.weights}')
     model = zoo.load()
     features = getattr(model, 'features', None) or timm_features(model)
     return Teacher(name, model, features, spec.size or zoo.size, zoo.mean, zoo.std)
@@ -144,7 +145,7 @@ def _from_zoo(spec, name):
 # %% ../../nbs/models/03_teachers.ipynb #2662691c
 def _from_cifar(spec, name):
     depth = spec.name.removeprefix('cifar-resnet')
-    if not depth.isdigit(): raise BadInput(f'{name}: the depth belongs to the name, as in zoo:cifar-resnet56@PATH')
+    if not depth.isdigit(): raise BadInput(f'{name}: give the depth with the name, as in zoo:cifar-resnet56@PATH')
     if not spec.weights: raise BadInput(f'{name}: the zoo has no weights for it; give a file, zoo:{spec.name}@PATH')
     model = CifarResNet(int(depth))
     if spec.weights != 'random': load_strict(model, read_weights(spec.weights), spec.weights)
@@ -155,7 +156,7 @@ def _from_cifar(spec, name):
 
 # %% ../../nbs/models/03_teachers.ipynb #6735eec4
 def _from_hub(name, create):
-    "Run `create`, which fetches weights; say clearly when it cannot."
+    "Run `create`, which fetches weights. Raises `BadInput` that says why it cannot and what to do instead."
     try: return create()
     except BadInput: raise
     except Exception as e:
@@ -172,7 +173,8 @@ def timm_model(
     if not timm.is_model(spec.name.partition('.')[0]):
         raise unknown('timm model', spec.name, timm.list_models())
     if not spec.weights:
-        return _from_hub(f'timm:{spec.name}', lambda: timm.create_model(spec.name, pretrained=True, num_classes=0, **kwargs))
+        def create(): return timm.create_model(spec.name, pretrained=True, num_classes=0, **kwargs)
+        return _from_hub(f'timm:{spec.name}', create)
     model = timm.create_model(spec.name, num_classes=0, **kwargs)
     return model if spec.weights == 'random' else load_strict(model, read_weights(spec.weights), spec.weights)
 
@@ -187,11 +189,12 @@ def _from_timm(spec, name):
     model = timm_model(spec, **sized)
     cfg = model.pretrained_cfg
     mean, std = _file_normalization(spec.weights) or (cfg['mean'], cfg['std'])
-    return Teacher(name, model, timm_features(model), spec.size or cfg['input_size'][-1], mean, std, _summary_kind(model))
+    size = spec.size or cfg['input_size'][-1]
+    return Teacher(name, model, timm_features(model), size, mean, std, _summary_kind(model))
 
 # %% ../../nbs/models/03_teachers.ipynb #d724089e
 def _is_trunk(spec):
-    "Whether the file's names are those of a `features_only` network and not of the whole one."
+    "Whether the names in the file are those of a `features_only` network, not of the whole network."
     weights = read_weights(spec.weights)
     with torch.device('meta'): whole = timm.create_model(spec.name, num_classes=0).state_dict()
     return not any(key in whole for key in weights) and any(key.replace('_', '.', 1) in whole for key in weights)
@@ -200,7 +203,7 @@ def _is_trunk(spec):
 def _from_trunk(spec, name):
     weights = read_weights(spec.weights)
     layers = {key.rpartition('.')[0] for key in weights}
-    with torch.device('meta'):  # shapes only: a VGG that is cut down to its trunk would be filled with 500 MB first
+    with torch.device('meta'):  # shapes only: timm allocates 500 MB for a VGG before it is cut down to its trunk
         for stage in range(len(timm.create_model(spec.name, features_only=True).feature_info)):
             model = timm.create_model(spec.name, features_only=True, out_indices=(stage,))
             if layers <= {key.rpartition('.')[0] for key in model.state_dict()}: break
@@ -213,13 +216,16 @@ def _from_trunk(spec, name):
     return Teacher(name, model, features, spec.size or cfg.input_size[-1], mean, std)
 
 # %% ../../nbs/models/03_teachers.ipynb #40f56f67
+def _numbers(text):
+    "Three numbers or fractions, as in '122.5/255,1/2,.5'."
+    return tuple(float(Fraction(a)/Fraction(b or 1)) for a, _, b in (n.partition('/') for n in text.split(',')))
+
 def _file_normalization(path):
-    "The mean and std that a safetensors file states, as 'r,g,b' of numbers or fractions; None where it does not."
+    "The mean and std that a safetensors file states in its metadata, as 'r,g,b'; None if it does not."
     if not str(path).endswith('.safetensors'): return None
     with safe_open(path, 'pt') as file: stated = file.metadata() or {}
     if not {'mean', 'std'} <= set(stated): return None
-    def numbers(text): return tuple(float(Fraction(a)/Fraction(b or 1)) for a, _, b in (n.partition('/') for n in text.split(',')))
-    return numbers(stated['mean']), numbers(stated['std'])
+    return _numbers(stated['mean']), _numbers(stated['std'])
 
 # %% ../../nbs/models/03_teachers.ipynb #37323b04
 def open_clip_model(
@@ -227,6 +233,7 @@ def open_clip_model(
     **kwargs,   # passed on to open_clip
 )->nn.Module:
     "An open_clip network with both its towers, its weights from the hub, from a file or random."
+    import open_clip
     arch, _, tag = spec.name.partition('/')
     name = f'open_clip:{spec.name}'
     if arch not in open_clip.list_models(): raise unknown('open_clip model', arch, open_clip.list_models())
@@ -238,6 +245,7 @@ def open_clip_model(
     return model if spec.weights == 'random' else load_strict(model, read_weights(spec.weights), spec.weights)
 
 def _from_open_clip(spec, name):
+    import open_clip
     model = open_clip_model(spec, **({'force_image_size': spec.size} if spec.size else {}))
     tower = model.visual
     size = tower.image_size[0] if isinstance(tower.image_size, (tuple, list)) else tower.image_size
@@ -256,13 +264,13 @@ def _clip_features(tower):
 def load_teacher(
     spec:str|nn.Module,                             # see `parse_spec`; or a network
     features:Callable[[Tensor], Features]|None=None,# for a network: from normalized images to features
-    size:int=224,                                   # for a network: side of its images in pixels
-    name:str='',                                    # how reports call it; the spec by default
+    size:int=224,                                   # for a network: side of its images, in pixels
+    name:str='',                                    # what reports call it; the spec by default
     **normalization,                                # for a network: `mean` and `std` of its input
 )->Teacher:
     "A frozen teacher. Raises `BadInput` for unknown names, missing files and weights that do not fit."
     if isinstance(spec, nn.Module):
-        if features is None: raise BadInput('a network of yours needs features=…, a function from images to Features')
+        if features is None: raise BadInput('your own network needs features=…, a function from images to Features')
         return Teacher(name or type(spec).__name__, spec, features, size, **normalization)
     parsed = parse_spec(spec)
     load = {'zoo': _from_zoo, 'timm': _from_timm, 'open_clip': _from_open_clip}[parsed.source]

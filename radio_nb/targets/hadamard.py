@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WILLIAMSON', 'CONSTRUCTIONS', 'HadamardError', 'sylvester', 'prime_power', 'powers_of_x', 'jacobsthal',
-           'conference_matrix', 'paley_one', 'paley_two', 'williamson_array', 'williamson', 'construction', 'recipe',
-           'is_known_order', 'no_matrix', 'hadamard']
+           'conference_matrix', 'paley_one', 'paley_two', 'williamson_array', 'williamson', 'construction',
+           'kronecker_factors', 'is_known_order', 'no_matrix', 'hadamard']
 
 # %% ../../nbs/targets/02_hadamard.ipynb #3699c2e9
 from functools import cache, reduce
@@ -138,7 +138,7 @@ def construction(
 
 # %% ../../nbs/targets/02_hadamard.ipynb #81fa6b6b
 @cache
-def recipe(
+def kronecker_factors(
     n:int,                    # an order
 )->tuple[int, ...]|None:      # orders with a direct construction whose product is n; None where there are none
     "The factors of the Kronecker product that gives order `n`, the largest possible first."
@@ -146,19 +146,19 @@ def recipe(
     if construction(n): return (n,)
     divisors = {d for e in range(2, isqrt(n) + 1) if n % e == 0 for d in (e, n//e)}
     for d in sorted(divisors, reverse=True):
-        if construction(d) and recipe(n//d): return (d, *recipe(n//d))
+        if construction(d) and kronecker_factors(n//d): return (d, *kronecker_factors(n//d))
 
 def is_known_order(
     n:int,   # any whole number
 )->bool:     # whether `hadamard(n)` returns a matrix
     "Whether we can build a Hadamard matrix of order `n`, answered without building it."
-    return recipe(n) is not None
+    return kronecker_factors(n) is not None
 
 # %% ../../nbs/targets/02_hadamard.ipynb #c1a2d883
 def no_matrix(
     n:int,            # an order that is not known
 )->HadamardError:     # to be raised by the caller
-    "The error for an order without a matrix: the order, the reason, and the nearest orders below and above that have one."
+    "The error for an order without a matrix: which, why, and the nearest orders below and above that have one."
     below = next((m for m in range(n - 1, 0, -1) if is_known_order(m)), 2)
     above = next(m for m in count(max(n, 0) + 1) if is_known_order(m))
     why = ('the order has to be 1, 2 or a multiple of 4' if n < 1 or n % 4 else
@@ -171,4 +171,4 @@ def hadamard(
 )->Tensor:   # (n, n), int8, entries ±1
     "A Hadamard matrix, HHᵀ = nI exactly; raises `HadamardError` where `is_known_order(n)` is False."
     if not is_known_order(n): raise no_matrix(n)
-    return reduce(torch.kron, [CONSTRUCTIONS[construction(d)](d) for d in recipe(n)])
+    return reduce(torch.kron, [CONSTRUCTIONS[construction(d)](d) for d in kronecker_factors(n)])

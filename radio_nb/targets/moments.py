@@ -77,7 +77,7 @@ def valid_rows(
     x:Tensor,              # features, (..., C)
     mask:Tensor|None=None, # true for the vectors that count, (...); None for all
 )->Tensor:                 # those vectors, (n, C)
-    "The vectors of a batch that are not masked out, in a row."
+    "The vectors of a batch that are not masked out, as the rows of a matrix."
     if mask is None: return x.reshape(-1, x.shape[-1])
     if mask.shape != x.shape[:-1]:
         wanted, got = tuple(x.shape[:-1]), tuple(mask.shape)
@@ -91,8 +91,8 @@ class NonFinite(BadInput):
 # %% ../../nbs/targets/03_moments.ipynb #97929ed3
 def check_finite(
     sums:Sums,       # of `rows`
-    rows:Tensor,     # (n, C), looked at only if there is something to report
-    whose:object,    # whose features they are, as the message shall call it
+    rows:Tensor,     # (n, C), read only if there is something to report
+    whose:object,    # whose features they are, as the message is to call it
 ):
     "Raise `NonFinite` if a row holds NaN or infinity, or if float64 cannot hold the sums."
     if sums.mean.isfinite().all() and sums.m2.diagonal().isfinite().all(): return

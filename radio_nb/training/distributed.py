@@ -25,11 +25,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 # %% ../../nbs/training/03_distributed.ipynb #e39bd6bd
 def shard(
     rank:int,   # this process, from 0
-    world:int,  # of so many
+    world:int,  # how many processes there are
     k:int=0,    # part of its images, from 0
-    parts:int=1,# of so many
+    parts:int=1,# how many parts there are
 )->dict[str, int]:
-    "Which images of the batch a part of a process's images are, as `rng_shard` asks for it."
+    "Which images of the batch one part of a process's images are, as `rng_shard` takes it."
     return {'rank': rank + world*k, 'world': world*parts}
 
 # %% ../../nbs/training/03_distributed.ipynb #c8a86644
@@ -43,13 +43,13 @@ def new_accelerator(
     return Accelerator(cpu=device.type == 'cpu', device_placement=False, kwargs_handlers=[how], **tracking)
 
 def shard_of(accelerator:Accelerator)->dict[str, int]:
-    "Which part of a batch this process has, as `image_batches` and `rng_shard` ask for it."
+    "Which shard of a batch this process has, as `image_batches` and `rng_shard` take it."
     return shard(accelerator.process_index, accelerator.num_processes)
 
 # %% ../../nbs/training/03_distributed.ipynb #ec6a0946
 def distribute(
     module:nn.Module,
-    blocks:list[nn.Module], # parts of it that come together on their own
+    blocks:list[nn.Module], # parts of it whose weights come together on their own
     accelerator:Accelerator,
     shard:bool=False,       # FSDP in place of DDP
 )->nn.Module:               # to be called in place of `module`, by all processes
@@ -60,13 +60,14 @@ def distribute(
     for block in blocks: fully_shard(block, mesh=mesh)
     return fully_shard(module, mesh=mesh)
 
+# %% ../../nbs/training/03_distributed.ipynb #f2399bc4
 @contextmanager
 def grad_sync(
-    module:nn.Module, # from `spread`
+    module:nn.Module, # from `distribute`
     accelerator:Accelerator,
     now:bool,         # False where more gradients are to be added up first
 )->Iterator[None]:
-    "Within it a pass backwards exchanges gradients between processes, or does not yet."
+    "Within it a backward pass exchanges gradients between processes, or does not yet."
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(now)
         yield
@@ -78,7 +79,7 @@ def grad_sync(
 _full = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 def full_state_dict(
-    module:nn.Module,                  # the one given to `spread`
+    module:nn.Module,                  # the one given to `distribute`
     optimizer:torch.optim.Optimizer,
 )->tuple[dict[str, Tensor], dict]:
     "All weights of a module, and the state of its optimizer; to be called on all processes."

@@ -14,7 +14,6 @@ from typing import Literal
 
 import tomli_w
 
-
 if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
 
@@ -25,19 +24,19 @@ from ..models.specs import parse_spec
 # %% ../../nbs/training/00_recipe.ipynb #85aea2f5
 @dataclass(frozen=True)
 class Partition:
-    "Teachers that look at a part of every batch, and the size at which the student sees it."
-    share: float                        # of the batch; those of a stage add up to 1
-    size: int|tuple[int, int] = 0       # of the student's images in pixels, a side or (height, width); 0 for the stage's
+    "Teachers that see one part of every batch, and the size at which the student sees it."
+    share: float                        # of the batch; the shares of a stage add up to 1
+    size: int|tuple[int, int] = 0       # side or (height, width) of the student's images in pixels; 0 for the stage's
     teachers: tuple[str, ...] = ()      # by the names that reports use; none for all of the stage
 
 @dataclass(frozen=True)
 class Stage:
     "Some steps of a run with the same sizes and the same teachers."
     steps: int
-    size: int|tuple[int, int] = 0       # of the student's images in pixels, a side or (height, width); 0 for the recipe's
+    size: int|tuple[int, int] = 0       # side or (height, width) of the student's images in pixels; 0 for the recipe's
     teachers: tuple[str, ...] = ()      # by the names that reports use; none for all
     partitions: tuple[Partition, ...] = ()  # none for one that is the whole batch
-    restart_lr: bool = True             # whether the learning rate rises and falls anew, with a new optimizer
+    restart_lr: bool = True             # whether the learning rate rises and falls again, with a new optimizer
     restart_statistics: bool = True     # whether the teachers are measured again
 
 # %% ../../nbs/training/00_recipe.ipynb #773f8aa3
@@ -46,7 +45,7 @@ class Recipe:
     "What to distil, and how."
     images: str                         # folder, Parquet file or folder, hf:name, or zoo:photos
     teachers: tuple[str, ...]           # specs such as zoo:u2netp, timm:NAME, timm:NAME@FILE, open_clip:NAME/TAG
-    out: str                            # folder of the run, made new
+    out: str                            # folder of the run, newly made
     student: str = 'vit_tiny_patch16_224'  # a timm network from scratch, or timm:NAME[@FILE] with weights
     stem: str = ''                      # spec of a convolutional network whose first stages replace the patch embedding
     depth: int = 0                      # keep only the first so many blocks of the student; 0 for all
@@ -57,10 +56,10 @@ class Recipe:
     spatial_weights: tuple[float, ...] = ()  # one for each teacher; 1 by default
     head_width: int = 0                 # inside the heads; 0 for the widest teacher
     head_blocks: int = 0                # residual blocks in each head; 0 for the two layers of AM-RADIO
-    windows: tuple[int, ...] = ()       # sides of attention windows, in patches, of which one is drawn in every step; none: global
-    steps: int = 1000                   # how often the student learns, where there are no stages
+    windows: tuple[int, ...] = ()       # sides of attention windows in patches, one drawn for each step; none: global
+    steps: int = 1000                   # of training, where there are no stages
     batch_size: int = 16                # images in each step, of all processes together
-    accumulate: int = 1                 # parts in which a process passes its images through the networks, to save memory
+    accumulate: int = 1                 # parts in which a process passes its images through the networks; saves memory
     stages: tuple[Stage, ...] = ()      # in a file only: one after the other; none for `steps` at `size`
     statistics_steps: int = 16          # batches from which the teachers' statistics are taken, before training
     optimizer: Literal['adamw', 'lamb'] = 'adamw'  # from timm
@@ -68,27 +67,28 @@ class Recipe:
     weight_decay: float = .02           # on matrices only
     warmup: float = .05                 # share of the steps in which the learning rate rises
     clip: float = 1.                    # largest norm of the gradient
-    heads_only: int = 0                 # first steps in which only the heads learn
-    ema: float = 0.                     # decay of an average of the student's weights, which is then what is saved; 0 for none
-    teacher_dropout: float = 0.         # how often a teacher is left out of a step, never the one that is matched worst (UNIC)
-    hold_out: int = 0                   # images kept from training, to judge the student by
+    heads_only: int = 0                 # first steps, in which only the heads learn
+    ema: float = 0.                     # decay of an average of the student's weights, saved in their place; 0 for none
+    teacher_dropout: float = 0.         # how often a teacher is left out of a step, never the worst match (UNIC)
+    hold_out: int = 0                   # images kept from training, to evaluate the student on
     seed: int = 0                       # of everything random
     precision: Literal['float32', 'bfloat16'] = 'float32'  # of the student's matrix products
-    shard: bool = False                 # whether processes share out the weights between them (FSDP), or each has all (DDP)
+    shard: bool = False                 # whether each process holds a shard of the weights (FSDP), or a copy (DDP)
     compile: str = ''                   # backend of torch.compile for the student, such as inductor; none: eager
     device: str = 'auto'                # cpu, cuda, cuda:1, mps; auto takes the best there is
     teacher_device: str = ''            # where the teachers are, if not with the student
     workers: int = 0                    # processes that decode images
+    draft: bool = False                 # decode large JPEGs smaller where a crop allows it; faster, and other pixels
     views: int = 0                      # different crops of each image; 0 for a new one every time
-    cache: str = ''                     # with views: folder that keeps what the teachers say, for all runs
-    information: tuple[float, ...] = () # rates R of the modules that blur each teacher, such as 100 10 1 (CIFD); none: without
+    cache: str = ''                     # with views: folder that keeps teacher features, for all runs
+    information: tuple[float, ...] = () # rates R of the rate-distortion modules of each teacher, say 100 10 1 (CIFD)
     information_steps: int = 1000       # of these modules' own training, before the student's
     information_weight: float = 1.      # of all modules of a teacher together, beside its own 1
-    bottleneck: float = 1e-3            # with information: the student's price for a nat of each of its vectors; 0 for none
+    bottleneck: float = 1e-3            # with information: the penalty on a nat of each student vector; 0 for none
     kd_dropout: float = .25             # with information: how often a teacher or module is left out of a step
     checkpoint_every: int = 100         # steps between checkpoints
     keep: int = 2                       # how many checkpoints to keep
-    watch_every: int = 200              # steps between looks at each teacher's gradient; 0 for never
+    watch_every: int = 200              # steps between measurements of each teacher's gradient; 0 for never
     trackers: tuple[str, ...] = ()      # of Accelerate that also get the metrics, such as tensorboard or wandb
 
 # %% ../../nbs/training/00_recipe.ipynb #b7462a58
@@ -97,7 +97,7 @@ def recipe_toml(recipe:Recipe)->str:
     return tomli_w.dumps(asdict(recipe))
 
 def read_recipe(path:Path)->dict:
-    "The fields in a TOML file. Raises `BadInput` where it is missing, no TOML, or has a field that no recipe has."
+    "The fields in a TOML file. Raises `BadInput` where it is missing, not TOML, or has a field that no recipe has."
     if not Path(path).is_file(): raise BadInput(f'no such recipe: {path}')
     try: values = tomllib.loads(Path(path).read_text())
     except tomllib.TOMLDecodeError as e: raise BadInput(f'{path} is not TOML: {e}') from e
@@ -117,7 +117,8 @@ def _stage(values, path):
         values = _known(Stage, values, path)
         values['partitions'] = tuple(Partition(**_known(Partition, p, path)) for p in values.get('partitions', ()))
         return Stage(**values)
-    except (TypeError, AttributeError) as e: raise BadInput(f'{path}: a stage needs steps, a partition a share ({e})') from e
+    except (TypeError, AttributeError) as e:
+        raise BadInput(f'{path}: a stage needs steps, a partition a share ({e})') from e
 
 # %% ../../nbs/training/00_recipe.ipynb #56aafe16
 _may_differ = {'out', 'device', 'teacher_device', 'workers', 'checkpoint_every', 'keep', 'watch_every', 'trackers'}
@@ -129,7 +130,8 @@ def difference(
     "The first field in which two recipes ask for different students."
     for field in fields(Recipe):
         mine, theirs = getattr(recipe, field.name), getattr(other, field.name)
-        if mine != theirs and field.name not in _may_differ: return f'{field.name} is {mine!r} here and {theirs!r} there'
+        if mine != theirs and field.name not in _may_differ:
+            return f'{field.name} is {mine!r} here and {theirs!r} there'
     return ''
 
 # %% ../../nbs/training/00_recipe.ipynb #667e48b0
@@ -148,12 +150,15 @@ def teacher_names(
 # %% ../../nbs/training/00_recipe.ipynb #2116a040
 def teacher_weights(recipe:Recipe, names:list[str])->tuple[dict[str, float], dict[str, float]]:
     "The weights of the summary and of the spatial loss by teacher. Raises `BadInput` where their number is wrong."
-    def by_name(what, weights):
-        if weights and len(weights) != len(names): raise BadInput(f'{what}: {len(weights)} numbers for {len(names)} teachers')
+    def by_name(field, weights):
+        if weights and len(weights) != len(names):
+            raise BadInput(f'{field}: {len(weights)} numbers for {len(names)} teachers')
         return dict(zip(names, weights or [1.]*len(names)))
     return by_name('summary_weights', recipe.summary_weights), by_name('spatial_weights', recipe.spatial_weights)
 
+# %% ../../nbs/training/00_recipe.ipynb #a14cc260
 def check_rates(recipe:Recipe):
     "Raise `BadInput` where the rates of the modules cannot be what was meant."
     if len(set(recipe.information)) < len(recipe.information) or min(recipe.information, default=1) <= 0:
-        raise BadInput(f'information: the rates of the modules must be positive and different, not {list(recipe.information)}')
+        raise BadInput('information: the rates of the modules must be positive and different, '
+                       f'not {list(recipe.information)}')

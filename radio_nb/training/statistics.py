@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['SAMPLE', 'Statistics', 'measure', 'sample_positions', 'merge_ranks', 'crop_sides', 'Source', 'open_sources',
-           'statistics_at', 'statistics_file', 'take_statistics', 'save_statistics', 'fit_teacher', 'load_cifd_loss',
-           'load_normalizers']
+           'statistics_at', 'statistics_file', 'take_statistics', 'save_statistics', 'load_normalizers', 'fit_teacher',
+           'load_cifd_loss']
 
 # %% ../../nbs/training/05_statistics.ipynb #d8153081
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,47 +25,50 @@ from torch import Tensor
 from ..targets.features import Features
 from ..targets.bad_input import BadInput
 from ..targets.moments import Moments
-from ..targets.normalizers import Normalizer, fit_normalizer
+from ..targets.normalizers import Normalizer
+from ..targets.phi_s import fit_normalizer
 from ..losses.methods import METHODS
 from ..models.randomness import rng_shard, uniform
 from ..models.teachers import Teacher
-from ..data.crops import Batch, Crops, image_batches
+from ..data.crops import Batch, Crops, image_batches, random_crop
 from ..data.streams import StreamedCrops, crop_stream
 from ..data.files import Progress, atomic_write
-from ..cifd.rate_distortion import RateDistortion
-from ..cifd.cifd import CIFDLoss, fit_rd_modules, load_rd_modules
 from .recipe import Recipe, teacher_weights
 from .stages import StagePlan, BatchPartition
 from .distributed import shard_of
 from .teacher_cache import CachedTeacher, teacher_features, fill_cache
 
+if TYPE_CHECKING:
+    from radio_nb.cifd.cifd import CIFDLoss
+    from radio_nb.cifd.rate_distortion import RateDistortion
+
 # %% ../../nbs/training/05_statistics.ipynb #4516e5fd
 class Statistics(NamedTuple):
     "What is known of a teacher's features before training."
-    spatial: Moments   # of its grid, over images and places
-    summary: Tensor    # mean of its summaries, each scaled to length one, (C,) float64
-    sample: list[Tensor] # for each batch vectors of its grid, some places of every image drawn at random, (B, n, D)
+    spatial: Moments     # of its grid, over images and positions
+    summary: Tensor      # mean of its summaries, each scaled to length one, (C,) float64
+    sample: list[Tensor] # for each batch vectors of its grid, at some random positions of every image, (B, n, D)
 
 def measure(
-    said:Iterable[dict[str, Features]], # what teachers say of some batches; not all of them need say something of each
-    sample:int=0,                       # how many places of each image to keep
+    features:Iterable[dict[str, Features]], # teacher features of some batches; not every batch need have every teacher
+    sample:int=0,                           # how many positions of each image to keep
 )->dict[str, Statistics]:
     "Statistics of every teacher. Raises `NonFinite` with the name of a teacher that gives NaN."
-    moments, directions, samples, seen = {}, {}, {}, {}
-    for by_teacher in said:
+    moments, directions, samples, counts = {}, {}, {}, {}
+    for by_teacher in features:
         for name, (summary, spatial) in by_teacher.items():
             moments.setdefault(name, Moments(spatial.shape[-1], f'teacher {name}')).update(spatial)
             directions[name] = directions.get(name, 0) + F.normalize(summary.double(), dim=-1).sum(0)
-            seen[name] = seen.get(name, 0) + len(summary)
+            counts[name] = counts.get(name, 0) + len(summary)
             samples.setdefault(name, []).extend([sample_positions(spatial, sample)] if sample else [])
-    return {name: Statistics(moments[name], directions[name]/seen[name], samples[name]) for name in moments}
+    return {name: Statistics(moments[name], directions[name]/counts[name], samples[name]) for name in moments}
 
 # %% ../../nbs/training/05_statistics.ipynb #031ddd29
 def sample_positions(spatial:Tensor, n:int)->Tensor: # spatial: (B, H, W, D)
-    "What a teacher says of up to `n` places of each image, drawn at random, (B, n, D)."
+    "A grid at up to `n` random positions of each image, (B, n, D)."
     rows = spatial.flatten(1, 2)
-    places = uniform(*rows.shape[:2], device=rows.device).argsort(1)[:, :n]
-    return rows.gather(1, places[..., None].expand(-1, -1, rows.shape[2]))
+    positions = uniform(*rows.shape[:2], device=rows.device).argsort(1)[:, :n]
+    return rows.gather(1, positions[..., None].expand(-1, -1, rows.shape[2]))
 
 # %% ../../nbs/training/05_statistics.ipynb #c95c9820
 def merge_ranks(
@@ -73,14 +76,14 @@ def merge_ranks(
     accelerator:Accelerator,
 )->dict[str, Statistics]:             # what all have seen, the same bits on every process
     "Merge the statistics of all processes, in the order of their ranks."
-    everyone = gather_object([{name: (s.spatial.state_dict(), s.summary.cpu(), [x.cpu() for x in s.sample])
-                               for name, s in statistics.items()}])
+    by_rank = gather_object([{name: (s.spatial.state_dict(), s.summary.cpu(), [x.cpu() for x in s.sample])
+                              for name, s in statistics.items()}])
     merged = {}
     for name, own in statistics.items():
         moments = Moments(own.spatial.dim, own.spatial.name)
-        for of_rank in everyone: moments.merge(Moments(moments.dim).load_state_dict(of_rank[name][0]))
-        summaries, samples = zip(*(of_rank[name][1:] for of_rank in everyone))
-        in_order = [torch.stack(parts, 1).flatten(0, 1) for parts in zip(*samples)]   # a part is every world-th image
+        for others in by_rank: moments.merge(Moments(moments.dim).load_state_dict(others[name][0]))
+        summaries, samples = zip(*(others[name][1:] for others in by_rank))
+        in_order = [torch.stack(shards, 1).flatten(0, 1) for shards in zip(*samples)]   # shards are rank::world
         merged[name] = Statistics(moments, torch.stack(summaries).mean(0), in_order)
     return merged
 
@@ -95,44 +98,56 @@ def crop_sides(
 
 # %% ../../nbs/training/05_statistics.ipynb #d2875cd5
 class Source(NamedTuple):
-    "A part of every batch: its crops, and who answers."
+    "A part of every batch: its crops, and the teachers that see them."
     part: BatchPartition
     crops: Crops|StreamedCrops
     teachers: dict[str, Callable[[Tensor], Features]]  # from images in [0, 1]
-    cached: dict[str, CachedTeacher] = {}              # those whose answers are on disk
+    cached: dict[str, CachedTeacher] = {}              # those whose features are on disk
     teacher_device: torch.device|None = None           # where the teachers are, if not with the student
 
     def batches(self, recipe:Recipe, accelerator:Accelerator, first:int, last:int)->Iterator[Batch]:
         "What this process sees of the part, from step `first` to before `last`."
-        return image_batches(self.crops, recipe.batch_size, last, first, recipe.workers, span=self.part.span, **shard_of(accelerator))
+        return image_batches(self.crops, recipe.batch_size, last, first, recipe.workers, span=self.part.span,
+                             **shard_of(accelerator))
 
     def teacher_features(self, batch:Batch, device:torch.device)->dict[str, Features]:
-        "What the teachers say of a batch."
+        "The teachers' features of a batch."
         return teacher_features(self.teachers, batch, device, self.cached, self.teacher_device)
 
 # %% ../../nbs/training/05_statistics.ipynb #1e59a866
-def open_sources(recipe:Recipe, stage_plan:StagePlan, images:Dataset|IterableDataset, teachers:dict[str, Teacher], accelerator:Accelerator,
-                 device:torch.device)->list[Source]:
-    "The sources of a stage_plan, one for each part. Raises `BadInput` for what cannot be cached."
-    streamed, sources = isinstance(images, IterableDataset), []
-    if recipe.cache and (streamed or not recipe.views):
-        raise BadInput('a cache needs crops that come again: add --views 4, say' if not streamed else
-                       'a stream cannot be cached: give the folder or file itself')
-    for part in stage_plan.parts:
+def open_sources(
+    recipe:Recipe,
+    plan:StagePlan,                  # of the stage that begins
+    images:Dataset|IterableDataset,
+    teachers:dict[str, Teacher],
+    accelerator:Accelerator,
+    device:torch.device,             # of the student
+    crop:Callable=random_crop,       # see `Crops`
+)->list[Source]:                     # one for each part of the batch
+    "The sources of a stage. Raises `BadInput` for what cannot be cached."
+    if recipe.cache: _check_cacheable(recipe, images, crop)
+    def crops_of(size): return crop_stream(images, size, recipe.seed, recipe.views, recipe.draft, crop)
+    sources = []
+    for part in plan.parts:
         here = {name: teachers[name] for name in part.weights}
-        large = crop_sides(part.size, [teacher.size for teacher in here.values()])
-        crops = crop_stream(images, large, recipe.seed, recipe.views)
-        cached = {}
+        crops, cached = crops_of(crop_sides(part.size, [teacher.size for teacher in here.values()])), {}
         if recipe.cache:
             cached = fill_cache(here, crops, recipe.cache, recipe.batch_size, next(iter(here.values())).mean.device,
                                 **shard_of(accelerator), wait=accelerator.wait_for_everyone, workers=recipe.workers)
-            crops = crop_stream(images, part.size, recipe.seed, recipe.views)
+            crops = crops_of(part.size)
         sources.append(Source(part, crops, here, cached, torch.device(recipe.teacher_device or device)))
     return sources
 
+def _check_cacheable(recipe, images, crop):
+    if isinstance(images, IterableDataset):
+        raise BadInput('a stream cannot be cached: give the folder or file itself')
+    if not recipe.views: raise BadInput('a cache needs crops that come again: add --views 4, say')
+    if crop is not random_crop:
+        raise BadInput('a cache cannot tell one crop of your own from another: leave out the cache')
+
 # %% ../../nbs/training/05_statistics.ipynb #f712cfb9
-def statistics_at(out:Path, first:int)->Path: # first: step of a stage_plan
-    "Where the statistics are that were taken before a stage_plan."
+def statistics_at(out:Path, first:int)->Path: # first: step of a stage
+    "Where the statistics are that were taken before a stage."
     return out/(f'statistics-{first}.safetensors' if first else 'statistics.safetensors')
 
 def statistics_file(
@@ -140,27 +155,32 @@ def statistics_file(
     step:int|None=None, # None for the last of the run
 )->Path:                # need not be there
     "The file with the statistics that hold at a step."
-    found = {0: statistics_at(out, 0)} | {int(path.stem.split('-')[1]): path for path in out.glob('statistics-*.safetensors')}
+    later = {int(path.stem.split('-')[1]): path for path in out.glob('statistics-*.safetensors')}
+    found = {0: statistics_at(out, 0)} | later
     return found[max(at for at in found if step is None or at <= step)]
 
-def take_statistics(recipe:Recipe, stage_plan:StagePlan, sources:list[Source], out:Path, accelerator:Accelerator, device:torch.device):
-    "Measure the teachers of a stage_plan, fit their normalizers and write both; every process takes its part."
-    progress = Progress(recipe.statistics_steps, what='statistics', quiet=not accelerator.is_main_process)
-    streams = [source.batches(recipe, accelerator, stage_plan.first, stage_plan.first + recipe.statistics_steps) for source in sources]
-    def said():
+# %% ../../nbs/training/05_statistics.ipynb #412accb7
+def take_statistics(recipe:Recipe, plan:StagePlan, sources:list[Source], out:Path, accelerator:Accelerator,
+                    device:torch.device):
+    "Measure the teachers of a stage, fit their normalizers and write both; every process measures its shard."
+    steps, main = recipe.statistics_steps, accelerator.is_main_process
+    progress = Progress(steps, what='statistics', quiet=not main)
+    streams = [source.batches(recipe, accelerator, plan.first, plan.first + steps) for source in sources]
+    def features():
         for i, batches in enumerate(zip(*streams), 1):
             for source, batch in zip(sources, batches): yield source.teacher_features(batch, device)
             progress(i)
-    seen = recipe.statistics_steps*min(b - a for a, b in (source.part.span for source in sources))
+    seen = steps*min(b - a for a, b in (source.part.span for source in sources))
+    sample = -(-SAMPLE//seen) if recipe.information else 0
     torch.manual_seed(recipe.seed)
-    with rng_shard(**shard_of(accelerator)): statistics = merge_ranks(measure(said(), -(-SAMPLE//seen) if recipe.information else 0), accelerator)
-    if accelerator.is_main_process: save_statistics(recipe, stage_plan, {name: statistics[name] for name in stage_plan.measured}, out, device)
+    with rng_shard(**shard_of(accelerator)): statistics = merge_ranks(measure(features(), sample), accelerator)
+    if main: save_statistics(recipe, plan, {name: statistics[name] for name in plan.measured}, out, device)
     accelerator.wait_for_everyone()
 
 # %% ../../nbs/training/05_statistics.ipynb #378093b2
-def save_statistics(recipe:Recipe, stage_plan:StagePlan, statistics:dict[str, Statistics], out:Path, device:torch.device):
+def save_statistics(recipe:Recipe, plan:StagePlan, statistics:dict[str, Statistics], out:Path, device:torch.device):
     "Fit normalizers, and modules where the recipe has them, and write them with the statistics."
-    tensors, curves = load_file(statistics_file(out)) if stage_plan.first else {}, {}
+    tensors, curves = load_file(statistics_file(out)) if plan.first else {}, {}
     for name, (spatial, summary, sample) in statistics.items():
         normalizer = fit_normalizer(METHODS[recipe.method].normalizer, spatial)
         if recipe.information:
@@ -168,30 +188,17 @@ def save_statistics(recipe:Recipe, stage_plan:StagePlan, statistics:dict[str, St
             modules, curves[name] = fit_teacher(name, normalizer.to(device)(vectors), recipe)
             tensors |= {f'{name}.modules.{key}': tensor for key, tensor in modules.state_dict().items()}
         tensors |= {f'{name}.normalizer.{key}': tensor for key, tensor in normalizer.state_dict().items()}
-        tensors |= {f'{name}.mean': spatial.mean, f'{name}.variance': spatial.cov.diagonal(), f'{name}.summary': summary}
+        measured = {'mean': spatial.mean, 'variance': spatial.cov.diagonal(), 'summary': summary}
+        tensors |= {f'{name}.{key}': tensor for key, tensor in measured.items()}
     if curves: atomic_write(out/'information.json', json.dumps(curves, indent=2))
     save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, out/'statistics.part')
-    os.replace(out/'statistics.part', statistics_at(out, stage_plan.first))
-
-# %% ../../nbs/training/05_statistics.ipynb #6906cf4e
-SAMPLE = 20_000  # vectors of each teacher to train its modules on
-
-def fit_teacher(name:str, x:Tensor, recipe:Recipe)->tuple[RateDistortion, dict]: # x: normalized vectors (n, D)
-    "Train a teacher's modules, and say what they achieve on vectors that they have not seen."
-    progress = Progress(recipe.information_steps, what=f'modules of {name}')
-    return fit_rd_modules(x, recipe.information, recipe.information_steps, recipe.seed, progress)
-
-def load_cifd_loss(recipe:Recipe, names:list[str], out:Path)->CIFDLoss|None:
-    "What the modules of a run and the bottleneck add to the loss; None without `information`."
-    if not recipe.information: return None
-    tensors, modules = load_file(statistics_file(out)), {}
-    for name in names:
-        prefix = f'{name}.modules.'
-        modules[name] = load_rd_modules({key[len(prefix):]: t for key, t in tensors.items() if key.startswith(prefix)})
-    _, weights = teacher_weights(recipe, names)
-    return CIFDLoss(modules, weights, recipe.information_weight, recipe.bottleneck, recipe.kd_dropout, METHODS[recipe.method].spatial)
+    os.replace(out/'statistics.part', statistics_at(out, plan.first))
 
 # %% ../../nbs/training/05_statistics.ipynb #d228e609
+def _tensors_of(prefix, tensors):
+    "Those whose names begin with a prefix, by what comes after it."
+    return {key[len(prefix):]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
 def load_normalizers(
     recipe:Recipe,
     widths:dict[str, tuple[int, int]], # of every teacher's summary and grid
@@ -199,11 +206,29 @@ def load_normalizers(
     step:int|None=None,                # at which they hold; None for the last
 )->dict[str, Normalizer]:
     "The normalizers of the teachers that were measured by then."
-    tensors, normalizers = load_file(statistics_file(out, step)), {}
-    for name, (_, width) in widths.items():
-        prefix = f'{name}.normalizer.'
-        own = {k[len(prefix):]: t for k, t in tensors.items() if k.startswith(prefix)}
-        if not own: continue
-        normalizers[name] = Normalizer.blank(METHODS[recipe.method].normalizer, width)
-        normalizers[name].load_state_dict(own)
-    return normalizers
+    tensors = load_file(statistics_file(out, step))
+    found = {name: _tensors_of(f'{name}.normalizer.', tensors) for name in widths}
+    return {name: Normalizer(**own) for name, own in found.items() if own}
+
+# %% ../../nbs/training/05_statistics.ipynb #6906cf4e
+SAMPLE = 20_000  # vectors of each teacher to train its modules on
+
+def fit_teacher(
+    name:str,
+    x:Tensor,       # normalized vectors, (n, D)
+    recipe:Recipe,
+)->'tuple[RateDistortion, dict]': # see `fit_rd_modules`
+    "Train a teacher's modules, and measure what they achieve on vectors that they have not seen."
+    from radio_nb.cifd.cifd import fit_rd_modules
+    progress = Progress(recipe.information_steps, what=f'modules of {name}')
+    return fit_rd_modules(x, recipe.information, recipe.information_steps, recipe.seed, progress)
+
+def load_cifd_loss(recipe:Recipe, names:list[str], out:Path)->'CIFDLoss|None':
+    "What the modules of a run and the bottleneck add to the loss; None without `information`."
+    if not recipe.information: return None
+    from radio_nb.cifd.cifd import CIFDLoss, load_rd_modules
+    tensors = load_file(statistics_file(out))
+    modules = {name: load_rd_modules(_tensors_of(f'{name}.modules.', tensors)) for name in names}
+    _, weights = teacher_weights(recipe, names)
+    return CIFDLoss(modules, weights, recipe.information_weight, recipe.bottleneck, recipe.kd_dropout,
+                    METHODS[recipe.method].spatial)

@@ -1,4 +1,4 @@
-"Who else is told how a run goes."
+"Who else gets the metrics of a run."
 import os
 import signal
 from dataclasses import replace
@@ -10,9 +10,9 @@ from children import Children, small_images, train
 from conftest import SMALL
 from test_kills import losses
 
-from radio_nb import cli
+from radio_nb.front import cli
 from radio_nb.training.recipe import Recipe
-from radio_nb.training.train import distill
+from radio_nb.training.train import run_recipe
 
 pytest.importorskip('tensorboard')
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
@@ -34,7 +34,7 @@ def scalars(out, tag):
 
 def test_tensorboard_gets_what_the_log_gets(tmp_path):
     recipe = recipe_at(tmp_path, steps=3)
-    distill(recipe)
+    run_recipe(recipe)
     log = losses(Path(recipe.out))
     assert scalars(recipe.out, 'loss') == {line['step']: pytest.approx(line['loss']) for line in log}
     spatial = {line['step']: pytest.approx(line['teachers']['u2netp']['spatial']) for line in log}
@@ -42,11 +42,11 @@ def test_tensorboard_gets_what_the_log_gets(tmp_path):
     assert not [file.path for file in psutil.Process().open_files() if recipe.out in file.path]
 
 
-def test_a_run_that_is_stopped_has_told_everything(tmp_path):
+def test_a_run_that_is_stopped_has_handed_on_everything(tmp_path):
     "The writer of TensorBoard keeps numbers back for two minutes; a run that ends before must make it write them."
     recipe = recipe_at(tmp_path, steps=400)
-    child, metrics = Children(1, tmp_path/'said', train, recipe), Path(recipe.out)/'metrics.jsonl'
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 3: assert child.alive(), child.said()
+    child, metrics = Children(1, tmp_path/'log', train, recipe), Path(recipe.out)/'metrics.jsonl'
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 3: assert child.alive(), child.output()
     os.kill(child.processes[0].pid, signal.SIGTERM)
     child.wait(code=130)
     done = [line['step'] for line in losses(Path(recipe.out))]
@@ -62,10 +62,10 @@ def test_a_tracker_that_is_not_there_is_refused(tmp_path, capsys, name, error):
 
 
 def test_trackers_do_not_make_another_run(tmp_path):
-    "They may be named on going on."
+    "They may be named when a run goes on."
     recipe = recipe_at(tmp_path, steps=2)
-    distill(replace(recipe, trackers=()))
+    run_recipe(replace(recipe, trackers=()))
     (tmp_path/'run'/'student.safetensors').unlink()
     (tmp_path/'run'/'checkpoints'/'00000002.pt').unlink()
-    distill(recipe, resume=True)
+    run_recipe(recipe, resume=True)
     assert list(scalars(recipe.out, 'loss')) == [1, 2]

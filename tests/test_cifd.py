@@ -9,15 +9,23 @@ from hypothesis import strategies as st
 from test_train import same_weights, start, wait_for
 from torch.testing import assert_close
 
-from radio_nb import information
+from radio_nb.cifd import rate_distortion
+from radio_nb.cifd.cifd import CIFDLoss, fit_rd_modules, load_rd_modules
+from radio_nb.cifd.controlled_flow import Bottleneck, ControlledFlowLoss, ModelOutput, TokenBottleneck
+from radio_nb.cifd.rate_distortion import (
+    EntropyModel,
+    RateDistortion,
+    fit_modules,
+    gaussian_bits,
+    measure_modules,
+    rate_distortion_loss,
+    water_filling,
+)
 from radio_nb.front.cli import main
 from radio_nb.targets.bad_input import BadInput
 from radio_nb.targets.features import Features
-from radio_nb.cifd.cifd import CIFDLoss, fit_rd_modules, load_rd_modules
-from radio_nb.cifd.controlled_flow import Bottleneck, ControlledFlowLoss, ModelOutput
-from radio_nb.cifd.rate_distortion import EntropyModel, RateDistortion, fit_modules, gaussian_bits, measure_modules, rate_distortion_loss, water_filling
 
-INFORMED = [*SMALL, '--information', '10', '1', '--information-steps', '5']
+CIFD_ARGS = [*SMALL, '--information', '10', '1', '--information-steps', '5']
 
 
 @settings(max_examples=30, deadline=None)
@@ -30,9 +38,9 @@ def test_any_density_rises_and_adds_up_to_one(seed, spread):
     k = torch.arange(-3000., 3001)[:, None].expand(-1, 3)
     with torch.no_grad():
         assert (density.logits(k)[1:] >= density.logits(k)[:-1]).all()
-        ends = torch.sigmoid(density.logits(torch.tensor([[3000.5]*3]))) - torch.sigmoid(density.logits(torch.tensor([[-3000.5]*3])))
+        top, bottom = (torch.sigmoid(density.logits(torch.full((1, 3), end))) for end in (3000.5, -3000.5))
         mass = torch.exp2(-density.bits(k).double()).sum(0)
-    assert_close(mass, ends[0].double(), atol=6001*1e-9 + 1e-3, rtol=0)   # each term is at least 1e-9
+    assert_close(mass, (top - bottom)[0].double(), atol=6001*1e-9 + 1e-3, rtol=0)   # each term is at least 1e-9
 
 
 def test_bits_do_not_depend_on_shape_or_autocast():
@@ -48,7 +56,7 @@ def test_the_most_absurd_value_has_finite_bits_and_gradients():
     density, y = EntropyModel(2), torch.tensor([[1e8, -1e30], [3e4, 0.]], requires_grad=True)
     bits = density.bits(y)
     bits.sum().backward()
-    assert bits.isfinite().all() and (bits <= information.MOST_BITS + 1e-4).all() and y.grad.isfinite().all()
+    assert bits.isfinite().all() and (bits <= rate_distortion.MOST_BITS + 1e-4).all() and y.grad.isfinite().all()
     assert all(parameter.grad.isfinite().all() for parameter in density.parameters())
 
 
@@ -59,9 +67,9 @@ def test_bits_are_differentiable_in_code_and_density():
 
     def nats(y, *parameters):
         named = dict(zip([name for name, _ in density.named_parameters()], parameters))
-        upper, lower = (torch.func.functional_call(Logits(density), {f'density.{k}': v for k, v in named.items()}, (y + half,))
-                        for half in (.5, -.5))
-        return information._log_mass(upper, lower)
+        state = {f'density.{name}': parameter for name, parameter in named.items()}
+        upper, lower = (torch.func.functional_call(Logits(density), state, (y + half,)) for half in (.5, -.5))
+        return rate_distortion._log_mass(upper, lower)
 
     class Logits(torch.nn.Module):
         def __init__(self, density):
@@ -79,7 +87,8 @@ def test_water_filling_and_its_inverse_agree(eigenvalues, share):
     eigenvalues = torch.tensor(eigenvalues, dtype=torch.float64)
     distortion, bits = water_filling(eigenvalues, share*eigenvalues.max().item())
     assert gaussian_bits(eigenvalues, distortion.item()) == pytest.approx(bits.item(), abs=1e-6)
-    least = distortion.item()/len(eigenvalues)   # one level for all directions costs no less than that of the mean variance
+    # one level for all directions costs no less than that of the mean variance
+    least = distortion.item()/len(eigenvalues)
     assert bits <= .5*len(eigenvalues)*torch.log2(eigenvalues.mean()/least).item() + 1e-9
 
 
@@ -88,11 +97,13 @@ def test_equal_variances_have_a_closed_form():
 
 
 def test_a_batch_of_modules_is_as_many_single_ones(monkeypatch):
-    monkeypatch.setattr(information, 'noise_or_round', lambda code, training: code)   # noise would be drawn in another order
+    # without noise, which would be drawn in another order
+    monkeypatch.setattr(rate_distortion, 'noise_or_round', lambda code, training: code)
     torch.manual_seed(0)
     x, rates = torch.randn(32, 6), (1., 10., 100.)
     together = RateDistortion(6, *rates, hidden=8)
-    with torch.no_grad(): together.encoder.out.weight.normal_(), together.decoder.out.weight.normal_()
+    with torch.no_grad():
+        for maps in (together.encoder, together.decoder): maps.out.weight.normal_()
     losses = rate_distortion_loss(together, x, together(x))
     losses.sum().backward()
     for i, rate in enumerate(rates):
@@ -125,17 +136,17 @@ def test_evaluation_rounds():
     modules, x = RateDistortion(4, 10.).eval(), torch.randn(3, 5, 4)
     code = modules.encode(x)
     assert torch.equal(code, code.round())
-    coded = modules(x)
-    assert coded.reconstruction.shape == (1, 3, 5, 4) and coded.bits.shape == (1, 3, 5) and coded.logits is None
-    assert_close(coded.reconstruction, modules(x).reconstruction, rtol=0, atol=0)
+    output = modules(x)
+    assert output.reconstruction.shape == (1, 3, 5, 4) and output.bits.shape == (1, 3, 5) and output.logits is None
+    assert_close(output.reconstruction, modules(x).reconstruction, rtol=0, atol=0)
 
 
-def test_measuring_in_pieces_changes_nothing():
+def test_measuring_in_batches_changes_nothing():
     torch.manual_seed(0)
     modules, x = RateDistortion(4, 1., 10.), torch.randn(50, 4)
-    whole, pieces = measure_modules(modules, x), measure_modules(modules, x, batch_size=7)
+    whole, batches = measure_modules(modules, x), measure_modules(modules, x, batch_size=7)
     assert modules.training
-    for a, b in zip(whole, pieces): assert a == pytest.approx(b)
+    for a, b in zip(whole, batches): assert a == pytest.approx(b)
 
 
 def test_a_bottleneck_can_be_left_out_in_evaluation():
@@ -143,6 +154,19 @@ def test_a_bottleneck_can_be_left_out_in_evaluation():
     bottleneck = Bottleneck(16)
     assert not torch.equal(bottleneck(w), w) and bottleneck.bits.shape == (2, 7)
     assert bottleneck.eval()(w) is w
+
+
+def test_a_token_bottleneck_adds_the_noise_of_one_call():
+    torch.manual_seed(0)
+    features, bottleneck = Features(torch.randn(2, 3, 8), torch.randn(2, 4, 5, 8)), TokenBottleneck(8)
+    together = torch.cat([features.summary, features.spatial.flatten(1, 2)], 1)
+    torch.manual_seed(1)
+    noisy = Bottleneck.forward(bottleneck, together)
+    torch.manual_seed(1)
+    tokens, spatial = bottleneck(features)
+    assert torch.equal(tokens, noisy[:, :3]) and torch.equal(spatial, noisy[:, 3:].view(2, 4, 5, 8))
+    assert bottleneck.bits.shape == (2, 23)
+    assert bottleneck.eval()(features) is features and bottleneck.bits is None
 
 
 def test_every_source_may_be_left_out():
@@ -162,25 +186,27 @@ def test_a_teacher_without_weight_gets_no_modules():
 
 
 def test_modules_come_back_from_their_tensors():
-    x = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))*torch.tensor([3., 2., 1., 1., .01, .01, .01, .01])
+    x = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    x = x*torch.tensor([3., 2., 1., 1., .01, .01, .01, .01])
     modules, curve = fit_rd_modules(x, (1., 10.), steps=3)
     assert curve['code'] == 4 and curve['width'] == 8 and curve['vectors'] == 200
     assert_close(load_rd_modules(modules.state_dict())(x).reconstruction, modules(x).reconstruction, rtol=0, atol=0)
 
 
 @pytest.fixture(scope='module')
-def informed(tmp_path_factory):
-    out = tmp_path_factory.mktemp('informed')/'run'
-    main(['distill', *INFORMED, '--out', str(out)])
+def cifd_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp('cifd')/'run'
+    main(['distill', *CIFD_ARGS, '--out', str(out)])
     return out
 
 
-def test_a_run_reports_its_modules(informed):
-    lines = [json.loads(line) for line in (informed/'metrics.jsonl').open()]
-    assert all({'summary', 'spatial', 'R=10', 'R=1'} == set(line['teachers']['u2netp']) and line['bits'] > 0 for line in lines)
-    report = (informed/'report.html').read_text()
+def test_a_run_reports_its_modules(cifd_run):
+    lines = [json.loads(line) for line in (cifd_run/'metrics.jsonl').open()]
+    assert all(set(line['teachers']['u2netp']) == {'summary', 'spatial', 'R=10', 'R=1'} for line in lines)
+    assert all(line['bits'] > 0 for line in lines)
+    report = (cifd_run/'report.html').read_text()
     assert all(text in report for text in ('Rate and distortion', 'modules with R = 10', 'Bits of the student'))
-    assert 'bottleneck' not in ' '.join(same_keys(informed))
+    assert 'bottleneck' not in ' '.join(same_keys(cifd_run))
 
 
 def same_keys(folder):
@@ -189,19 +215,20 @@ def same_keys(folder):
 
 
 @pytest.mark.parametrize('moment', ['statistics.safetensors', 'checkpoints/00000002.pt'])
-def test_a_killed_run_with_modules_goes_on_to_the_same_student(informed, tmp_path, moment):
+def test_a_killed_run_with_modules_goes_on_to_the_same_student(cifd_run, tmp_path, moment):
     out = tmp_path/'run'
-    process = start('distill', *INFORMED, '--out', out)
+    process = start('distill', *CIFD_ARGS, '--out', out)
     wait_for(out/moment)
     process.kill()
     process.wait()
-    main(['distill', *INFORMED, '--out', str(out), '--resume'])
-    assert same_weights(out, informed)
+    main(['distill', *CIFD_ARGS, '--out', str(out), '--resume'])
+    assert same_weights(out, cifd_run)
 
 
 @pytest.mark.parametrize('rates', [['10', '10'], ['0'], ['1', '-3']])
 def test_rates_must_be_positive_and_different(rates, tmp_path, capsys):
-    with pytest.raises(SystemExit) as refused: main(['distill', *SMALL, '--information', *rates, '--out', str(tmp_path/'run')])
+    with pytest.raises(SystemExit) as refused:
+        main(['distill', *SMALL, '--information', *rates, '--out', str(tmp_path/'run')])
     error = capsys.readouterr().err
     assert refused.value.code == 2 and 'must be positive and different' in error and error.count('\n') == 1
     assert not (tmp_path/'run').exists()

@@ -1,11 +1,13 @@
 """What controlled information flow adds to a step of plain distillation.
 
-    python benchmarks/information.py [--batch 128] [--threads 2] [--device cpu]
+    python benchmarks/cifd.py [--batch 128] [--threads 2] [--device cpu]
 
-Both steps train the same student on the same batch, towards cached embeddings and logits of a teacher. The second one also
-runs three frozen rate–distortion modules on those embeddings, learns from them, and has a bottleneck. (The paper's own
-figure is 1.08.) The steps are taken in turns.
+Both steps train the same student on the same batch, towards cached embeddings and logits of a teacher. The CIFD step
+also runs three frozen rate–distortion modules on those embeddings, learns from them, and has a bottleneck. (The paper's
+own figure is 1.08.) The steps are taken in turns.
 """
+from functools import partial
+
 import torch
 from timing import arguments, ratio, report
 from torch import nn
@@ -46,30 +48,36 @@ def plain():
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
+def random(*shape):
+    "A batch of noise of that shape."
+    return torch.randn(args.batch, *shape, device=args.device)
+
+
 def stepper(backbone, modules):
     "A function that trains a student by one step; with modules it is CIFD, without them plain distillation."
     torch.manual_seed(0)
     student = Embedder(backbone, 64, modules is not None).to(args.device)
-    images, labels = torch.randn(args.batch, 3, 32, 32, device=args.device), torch.randint(10, (args.batch,), device=args.device)
-    teacher = ModelOutput(torch.randn(args.batch, 64, device=args.device), torch.randn(args.batch, 10, device=args.device))
+    images, labels = random(3, 32, 32), torch.randint(10, (args.batch,), device=args.device)
+    teacher = ModelOutput(random(64), random(10))
     names = ['teacher'] if modules is None else ['teacher', *(f'R={rate:g}' for rate in modules.rates.tolist())]
     loss = ControlledFlowLoss(dict.fromkeys(names, 1.), temperature=4., dropout=0.)
     optimizer = torch.optim.AdamW(student.parameters(), 1e-3)
 
     def step():
-        said, sources = student(images), {'teacher': teacher}
+        output, sources = student(images), {'teacher': teacher}
         if modules is not None:
-            with torch.no_grad(): blurred = modules.decode(modules.encode(teacher.embedding))
-            logits = modules.classifier(blurred).detach()
-            sources |= {name: ModelOutput(blurred[i], logits[i]) for i, name in enumerate(names[1:])}
+            with torch.no_grad(): reconstructions = modules.decode(modules.encode(teacher.embedding))
+            logits = modules.classifier(reconstructions).detach()
+            sources |= {name: ModelOutput(reconstructions[i], logits[i]) for i, name in enumerate(names[1:])}
         bits = None if modules is None else student.bottleneck.bits
-        total, _ = loss(said, sources, bits, labels)
+        total, _ = loss(output, sources, bits, labels)
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
     return step
 
 
-for name, backbone in (('ResNet-20', lambda: Pooled(20)), ('ResNet-8', lambda: Pooled(8)), ('three convolutions', plain)):
+for name, backbone in (('ResNet-20', partial(Pooled, 20)), ('ResNet-8', partial(Pooled, 8)), ('three convolutions', plain)):
     modules = RateDistortion(64, 1., 10., 100., classes=10).eval().requires_grad_(False).to(args.device)
-    report(f'CIFD step against KD step, student {name}', ratio(stepper(backbone(), modules), stepper(backbone(), None), 15), 1.1)
+    slower = ratio(stepper(backbone(), modules), stepper(backbone(), None), 15)
+    report(f'CIFD step against KD step, student {name}', slower, 1.1)
