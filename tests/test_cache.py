@@ -73,7 +73,8 @@ def test_a_killed_fill_goes_on(images, tmp_path, dies_at):
     half.counts.clear()
     found = fill({'small': half}, crops, tmp_path/'half')['small']
     assert sum(half.counts) == 1 + crops.rows - dies_at//16*16
-    for a, b in ((expected.summary, found.summary), (expected.spatial, found.spatial)): np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(expected.summary, found.summary)
+    np.testing.assert_array_equal(expected.spatial, found.spatial)
     half.counts.clear()
     fill({'small': half}, crops, tmp_path/'half')
     assert not half.counts and [path.suffix for path in (tmp_path/'half').iterdir()] == ['']
@@ -86,12 +87,14 @@ def test_a_name_is_not_enough_to_share(images, tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
     crop = crops[13]
     for each, known in zip((one, other), cached):
-        torch.testing.assert_close(known(torch.tensor([crop.row])).spatial, each(crop.image[None]/255).spatial, atol=2e-3, rtol=2e-3)
+        remembered, computed = known(torch.tensor([crop.row])), each(crop.image[None]/255)
+        torch.testing.assert_close(remembered.spatial, computed.spatial, atol=2e-3, rtol=2e-3)
     assert np.abs(cached[0].spatial - cached[1].spatial).max() > .1
 
 
 def test_what_half_precision_cannot_hold_is_refused(images, tmp_path):
-    with pytest.raises(BadInput, match='teacher small gives values up to .*half precision cannot hold: leave out --cache') as refused:
+    message = 'teacher small gives values up to .*half precision cannot hold: leave out --cache'
+    with pytest.raises(BadInput, match=message) as refused:
         fill({'small': teacher(scale=1e6)}, Crops(images, 32, views=2), tmp_path)
     assert '\n' not in str(refused.value)
     assert all(path.suffix == '.part' for path in tmp_path.iterdir())
@@ -100,8 +103,8 @@ def test_what_half_precision_cannot_hold_is_refused(images, tmp_path):
 def test_a_full_disk_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
     usage = namedtuple('usage', 'total used free')
     monkeypatch.setattr(shutil, 'disk_usage', lambda folder: usage(10**9, 10**9 - 5, 5))
-    with pytest.raises(SystemExit) as exit:
-        cli.main([*'distill --depth 1 --views 2 --device cpu --cache'.split(), str(tmp_path/'cache'), *SMALL, '--out', str(tmp_path/'run')])
+    flags = ['--cache', str(tmp_path/'cache'), *SMALL, '--out', str(tmp_path/'run')]
+    with pytest.raises(SystemExit) as exit: cli.main([*'distill --depth 1 --views 2 --device cpu'.split(), *flags])
     error = capsys.readouterr().err.strip()
     assert exit.value.code == 2 and '\n' not in error
     assert 'has room for 0 MB' in error and 'take fewer views, or another --cache' in error
@@ -127,7 +130,9 @@ def test_one_changed_image_within_a_file_changes_the_key(tmp_path):
     def png(shade):
         Image.new('RGB', (32, 32), (shade, 0, 0)).save(file := io.BytesIO(), 'png')
         return {'bytes': file.getvalue(), 'path': None}
-    def key(*shades): return images_fingerprint(Dataset.from_dict({'image': [png(shade) for shade in shades]}, features=UNDECODED))
+    def key(*shades):
+        rows = {'image': [png(shade) for shade in shades]}
+        return images_fingerprint(Dataset.from_dict(rows, features=UNDECODED))
     assert key(1, 2, 3) == key(1, 2, 3)
     assert len({key(1, 2, 3), key(1, 2, 4), key(2, 1, 3), key(1, 2)}) == 4
 
@@ -152,12 +157,13 @@ def test_a_crop_of_one_s_own_is_not_cached(images):
     recipe = Recipe('zoo:photos', ('small',), '', size=32, views=2, cache='cache')
     plan, accelerator = plan_stages(recipe, ['small'])[0], new_accelerator(CPU)
     with pytest.raises(BadInput, match='a cache cannot tell one crop of your own from another'):
-        open_sources(recipe, plan, images, {'small': teacher()}, accelerator, CPU, crop=lambda image, size, random: None)
+        open_sources(recipe, plan, images, {'small': teacher()}, accelerator, CPU, crop=lambda *_: None)
 
 
 def test_a_teacher_is_more_than_its_weights(images, tmp_path):
     "Two of one class and one state: another size, or another normalization of the input, are others."
     crops, nothing = Crops(images, 32, views=2), nn.Identity()
-    made = [Teacher('a', nothing, None, 32), Teacher('a', nothing, None, 64), Teacher('a', nothing, None, 32, mean=(.5, .5, .5))]
+    made = [Teacher('a', nothing, None, 32), Teacher('a', nothing, None, 64),
+            Teacher('a', nothing, None, 32, mean=(.5, .5, .5))]
     keys = [cache_key(each, crops, 'images') for each in made]
     assert len({str(key) for key in keys}) == 3

@@ -19,8 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 
 def recipe_at(home, **fields):
-    return Recipe(images=small_images(home/'images', 8), teachers=('zoo:u2netp#64',), out=str(home/'run'), depth=1, size=64, head_width=32,
-                  batch_size=4, statistics_steps=2, device='cpu', trackers=('tensorboard',), **fields)
+    return Recipe(images=small_images(home/'images', 8), teachers=('zoo:u2netp#64',), out=str(home/'run'), depth=1, size=64,
+                  head_width=32, batch_size=4, statistics_steps=2, device='cpu', trackers=('tensorboard',), **fields)
 
 
 def scalars(out, tag):
@@ -53,9 +53,11 @@ def test_a_run_that_is_stopped_has_handed_on_everything(tmp_path):
     assert list(scalars(recipe.out, 'loss')) == done and len(done) >= 3
 
 
-@pytest.mark.parametrize('name, error', [('tensorbord', 'did you mean tensorboard'), ('aim', 'aim is not installed: pip install aim')])
+@pytest.mark.parametrize('name, error', [('tensorbord', 'did you mean tensorboard'),
+                                         ('aim', 'aim is not installed: pip install aim')])
 def test_a_tracker_that_is_not_there_is_refused(tmp_path, capsys, name, error):
-    with pytest.raises(SystemExit) as exit: cli.main(['distill', *SMALL, '--trackers', name, '--out', str(tmp_path/'run')])
+    flags = [*SMALL, '--trackers', name, '--out', str(tmp_path/'run')]
+    with pytest.raises(SystemExit) as exit: cli.main(['distill', *flags])
     printed = capsys.readouterr().err.strip()
     assert exit.value.code == 2 and error in printed and '\n' not in printed
     assert not (tmp_path/'run').exists()

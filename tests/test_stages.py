@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from radio_nb.data.crops import Batch
+from radio_nb.losses.multi_teacher import MultiTeacherLoss
+from radio_nb.models.student import Student
 from radio_nb.targets.bad_input import BadInput
 from radio_nb.targets.features import Features
-from radio_nb.losses.multi_teacher import MultiTeacherLoss
 from radio_nb.targets.normalizers import Normalizer
 from radio_nb.training.recipe import Partition, Recipe, Stage, read_recipe
-from radio_nb.training.stages import StagePlan, BatchPartition, plan_stages
+from radio_nb.training.stages import BatchPartition, StagePlan, plan_stages
 from radio_nb.training.statistics import Source, load_normalizers
-from radio_nb.models.student import Student
 from radio_nb.training.train import new_distill_step, run_recipe
 from radio_nb.training.trainer import DistillStep, Trainer
 
@@ -75,11 +75,11 @@ def staged(tmp_path_factory):
 def test_stages_of_three_sizes_in_one_batch_run_from_a_file(staged):
     recipe, out, printed = staged
     table = [line.split() for line in printed.splitlines() if line.startswith('zoo:u2netp')]
-    assert {row[0] for row in table} == set(recipe.teachers) and len(table) == 4   # new crops and new images of two teachers
+    assert {row[0] for row in table} == set(recipe.teachers) and len(table) == 4   # two teachers, new crops and new images
     assert 'The report is' in printed and (out/'report.html').stat().st_size > 10_000
     lines = [json.loads(line) for line in (out/'metrics.jsonl').open()]
     assert [list(line['teachers']) for line in lines] == [['zoo:u2netp#64']]*2 + [list(recipe.teachers)]*4
-    assert lines[1]['lr'] < recipe.lr/10 and max(lines[2]['lr'], lines[3]['lr']) > recipe.lr/2   # it rises again in the second stage
+    assert lines[1]['lr'] < recipe.lr/10 and max(lines[2]['lr'], lines[3]['lr']) > recipe.lr/2   # it rises again
     parts = plan_stages(recipe, list(recipe.teachers))[1].parts
     assert [part.size for part in parts] == [(224, 224), (160, 288), (512, 512)]
 
@@ -113,12 +113,14 @@ def test_new_statistics_leave_the_student_s_outputs(staged):
     assert list(old) == [name] and list(new) == list(recipe.teachers)
     assert (old[name].mean - new[name].mean).abs().max() > 1e-3   # it was measured on other crops
     def outputs(normalizer):
-        with torch.no_grad(): return [denormalized(student.eval(), name, normalizer, images) for student in trainer.state.students()]
+        with torch.no_grad():
+            return [denormalized(student.eval(), name, normalizer, images) for student in trainer.state.students()]
     before = outputs(old[name])
     optimizer = trainer.state.optimizer
     trainer.start_stage(plan[1], [], new, old)
     assert trainer.state.optimizer is not optimizer and len(before) == 2   # the student and its average
-    for a, b in zip(before, outputs(new[name])): torch.testing.assert_close(a, b, atol=1e-3*a.abs().max().item(), rtol=0)
+    for a, b in zip(before, outputs(new[name])):
+        torch.testing.assert_close(a, b, atol=1e-3*a.abs().max().item(), rtol=0)
     with torch.no_grad(): wrong = denormalized(trainer.student, name, old[name], images)
     assert (wrong - before[0]).abs().max() > 1e-2*before[0].abs().max()   # so that the test above means something
 
@@ -134,7 +136,7 @@ def cut_batches(draw):
 @settings(max_examples=60, deadline=None)
 @given(cut_batches())
 def test_over_all_rotations_the_weighted_losses_are_those_of_the_whole_batch(case):
-    "Every image stands at every position once; a teacher that sees half of the positions then counts as if it saw all of them."
+    "Every image stands at every position once; a teacher that sees half of them then counts as if it saw all."
     counts, groups, seed = case
     n, names = sum(counts), sorted({name for group in groups for name in group})
     stage = Stage(1, partitions=tuple(Partition(count/n, 32, group) for count, group in zip(counts, groups)))
@@ -180,10 +182,12 @@ def test_a_teacher_that_changes_its_width_within_a_run_is_named():
     recipe = Recipe('zoo:photos', ('fickle',), '', steps=5, batch_size=2, size=32)
     loss = MultiTeacherLoss('phi-s', {'fickle': 1.}, {'fickle': 1.})
     trainer = Trainer(DistillStep(Few(3), loss), recipe, torch.device('cpu'))
-    stage_plan = StagePlan(0, 5, (part,), (0, 5), ('fickle',))
-    trainer.start_stage(stage_plan, [Source(part, None, {'fickle': fickle})], {'fickle': Normalizer(torch.zeros(3), torch.eye(3), torch.eye(3))})
+    plan, normalizer = StagePlan(0, 5, (part,), (0, 5), ('fickle',)), Normalizer(torch.zeros(3), torch.eye(3), torch.eye(3))
+    trainer.start_stage(plan, [Source(part, None, {'fickle': fickle})], {'fickle': normalizer})
     batch = Batch(torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8), {}, torch.tensor([-1, -1]))
-    trainer(batch), trainer(batch)
+    for _ in range(2): trainer(batch)
     before = {key: tensor.clone() for key, tensor in trainer.state_dict()['weights'].items()}
-    with pytest.raises(BadInput, match='step 2: teacher fickle gives 5 channels, and gave 3 when its statistics were taken'): trainer(batch)
-    assert trainer.step == 2 and all(torch.equal(before[key], tensor) for key, tensor in trainer.state_dict()['weights'].items())
+    message = 'step 2: teacher fickle gives 5 channels, and gave 3 when its statistics were taken'
+    with pytest.raises(BadInput, match=message): trainer(batch)
+    weights = trainer.state_dict()['weights']
+    assert trainer.step == 2 and all(torch.equal(before[key], tensor) for key, tensor in weights.items())

@@ -1,8 +1,8 @@
 "The student: windows and pyramids against oracles, what the optimizer decays, and that it compiles and exports."
-import subprocess
+import subprocess  # noqa: I001
 import sys
 
-import radio_nb  # noqa: F401, I001  before timm, so that torchvision can be imported
+import radio_nb  # noqa: F401  before timm, so that torchvision can be imported
 import pytest
 import torch
 from conftest import SMALL
@@ -60,7 +60,8 @@ def test_copies_of_the_prefix_are_averaged():
     assert_close(out[:, 5:], torch.cat([*each[:, :, 5:]], 1))
 
 
-@pytest.mark.parametrize('n_blocks, everywhere', [(1, [0]), (4, [1, 3]), (5, [1, 3, 4]), (12, [2, 5, 8, 11]), (24, [5, 11, 17, 23])])
+@pytest.mark.parametrize('n_blocks, everywhere', [
+    (1, [0]), (4, [1, 3]), (5, [1, 3, 4]), (12, [2, 5, 8, 11]), (24, [5, 11, 17, 23])])
 def test_the_last_block_of_a_group_and_of_all_sees_everything(n_blocks, everywhere):
     lengths = []
     class Spy(nn.Module):
@@ -142,7 +143,8 @@ def test_with_heads_only_the_backbone_gets_no_gradient(name):
     assert 'backbone' in learners()
 
 
-@pytest.mark.parametrize('name', ['resnet10t', 'convnext_atto', 'efficientnet_lite0', 'fastvit_t8', 'regnetx_002', 'mobilenetv3_small_050'])
+@pytest.mark.parametrize('name', [
+    'resnet10t', 'convnext_atto', 'efficientnet_lite0', 'fastvit_t8', 'regnetx_002', 'mobilenetv3_small_050'])
 def test_a_pyramid_uses_every_parameter_and_comes_back_from_its_folder(name, tmp_path):
     student, images = small(name), torch.rand(2, 3, 64, 96)
     outputs = student(images)
@@ -156,7 +158,8 @@ def test_a_pyramid_uses_every_parameter_and_comes_back_from_its_folder(name, tmp
 
 def test_a_pyramid_is_its_stages_put_together_by_hand():
     backbone, images = new_backbone('convnext_atto', 2).eval(), torch.rand(2, 3, 64, 96)
-    network, unit = backbone.stages.model, lambda x: nn.functional.layer_norm(x.movedim(1, -1), x.shape[1:2], eps=1e-6).movedim(-1, 1)
+    network = backbone.stages.model
+    def unit(x): return nn.functional.layer_norm(x.movedim(1, -1), x.shape[1:2], eps=1e-6).movedim(-1, 1)
     with torch.inference_mode():
         x = network.stem((images - backbone.mean)/backbone.std)
         for stage in network.stages[:3]: x = stage(x)

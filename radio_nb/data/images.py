@@ -74,7 +74,7 @@ def open_images(
     if not files: raise BadInput(f'{source} holds neither an image nor a Parquet file')
     return dataset_of_files(files, stream)
 
-def parquet_files(path:Path)->list[str]:
+def parquet_files(path:Path)->list[str]: # sorted
     "The Parquet files in a folder and its subfolders, sorted; or the path itself, where it is such a file; or nothing."
     if path.is_dir(): return sorted(map(str, path.rglob('*.parquet')))
     return [str(path)] if path.suffix == '.parquet' else []

@@ -15,12 +15,12 @@ from ..targets.bad_input import BadInput, unknown
 # %% ../../nbs/models/01_specs.ipynb #5834e6e9
 class Spec(NamedTuple):
     "A teacher spec, taken apart."
-    source:str      # 'zoo', 'timm' or 'open_clip'
+    source:str      # 'zoo', 'timm', 'open_clip', or 'python' for an object that a program hands over
     name:str        # of the model, as its source knows it
     weights:str=''  # a path, 'random', or '' for those of the source
     size:int=0      # pixels, 0 for the model's own
 
-SOURCES = ('zoo', 'timm', 'open_clip')
+SOURCES = ('zoo', 'timm', 'open_clip', 'python')
 
 # %% ../../nbs/models/01_specs.ipynb #4c13a404
 @dataclass(frozen=True)

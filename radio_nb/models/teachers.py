@@ -273,5 +273,8 @@ def load_teacher(
         if features is None: raise BadInput('your own network needs features=…, a function from images to Features')
         return Teacher(name or type(spec).__name__, spec, features, size, **normalization)
     parsed = parse_spec(spec)
+    if parsed.source == 'python':
+        raise BadInput(f'{spec} is an object that was handed over in Python: hand it over again, as in '
+                       f'radio_nb.Run(folder, Inputs(teachers={{{parsed.name!r}: network}}))')
     load = {'zoo': _from_zoo, 'timm': _from_timm, 'open_clip': _from_open_clip}[parsed.source]
     return load(parsed, name or spec)

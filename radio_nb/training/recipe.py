@@ -7,15 +7,12 @@ __all__ = ['Partition', 'Stage', 'Recipe', 'recipe_toml', 'read_recipe', 'differ
            'check_rates']
 
 # %% ../../nbs/training/00_recipe.ipynb #f96fc4cf
-import sys
+import tomllib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 import tomli_w
-
-if sys.version_info >= (3, 11): import tomllib
-else: import tomli as tomllib
 
 from ..targets.bad_input import BadInput, unknown
 from ..losses.methods import METHODS

@@ -14,6 +14,7 @@ import torch
 from ..targets.bad_input import BadInput, unknown
 from ..data.crops import height_width
 from .recipe import Partition, Recipe, Stage, check_rates, teacher_names, teacher_weights
+from .run_folder import check_trackers
 
 # %% ../../nbs/training/02_stages.ipynb #7d8b9e7c
 class BatchPartition(NamedTuple):
@@ -90,6 +91,7 @@ def check_recipe(recipe:Recipe)->tuple[StagePlan, ...]: # the stages, worked out
     names = list(teacher_names(recipe.teachers))
     teacher_weights(recipe, names)
     check_rates(recipe)
+    check_trackers(recipe.trackers)
     plans = plan_stages(recipe, names)
     if recipe.shard and recipe.ema:
         raise BadInput('shard: an average of sharded weights is not kept; leave out --ema')
