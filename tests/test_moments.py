@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from radio_nb.targets import moments as chapter
-from radio_nb.targets.moments import Moments, NonFinite, float64_home, sums_in_chunks
+from radio_nb.targets.moments import Moments, NonFinite, float64_device, sums_in_chunks
 
 quick = settings(max_examples=30, deadline=None)
 seeds = st.integers(0, 2**31)
@@ -98,8 +98,8 @@ def test_inference_mode_leaves_nothing_that_cannot_go_on():
 
 
 def test_a_device_without_float64_is_summed_on_the_cpu():
-    if torch.backends.mps.is_available(): assert float64_home(torch.device('mps')) == torch.device('cpu')
-    assert float64_home(torch.device('cpu')) == torch.device('cpu')
+    if torch.backends.mps.is_available(): assert float64_device(torch.device('mps')) == torch.device('cpu')
+    assert float64_device(torch.device('cpu')) == torch.device('cpu')
 
 
 def test_a_large_mean_with_a_small_deviation():

@@ -92,7 +92,8 @@ def test_no_output_breaks_the_site(path):
 def test_every_figure_is_stored(path):
     "A published page runs nothing, so a figure without an output is a gap."
     for source, cell in cells(path):
-        shown = re.search(r'^(\S.*\b)?fig\.update_layout\(', source, re.MULTILINE)   # not inside a function
+        drawn = r'(fig\.update_layout\(|layout\((bare\()?fig|image_grid\()'
+        shown = re.search(rf'^(\S.*\b)?{drawn}', source, re.MULTILINE)   # not inside a function
         if cell['cell_type'] != 'code' or source.startswith('#| export') or not shown: continue
         pictures = [key for output in cell['outputs'] for key in output.get('data', {}) if key.startswith('image/')]
         assert pictures, f'{path.name}: run .ci/execute.py, there is no picture of\n{source[-200:]}'
@@ -116,6 +117,11 @@ def test_importing_the_package_or_its_command_loads_nothing_heavy():
 def test_a_student_needs_neither_open_clip_nor_datasets_nor_plotly():
     done = fresh('from radio_nb import Student; import sys; print([m for m in ("open_clip", "datasets", "plotly") if m in sys.modules])')
     assert done.stdout.strip() == '[]', done.stdout + done.stderr
+
+
+def test_figures_need_no_torch():
+    "Every chapter may import them, those too that answer a mistake in a second."
+    assert fresh('import radio_nb.start.figures, sys; print("torch" in sys.modules)').stdout.strip() == 'False'
 
 
 def test_what_the_package_itself_offers_is_there_and_nothing_else():

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['as_teacher', 'named_teachers', 'as_dataset', 'Run', 'LiveCurves', 'free_folder', 'distill', 'opened']
 
-# %% ../../nbs/front/03_run.ipynb #0b91213b
+# %% ../../nbs/front/03_run.ipynb #1097214a
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
-from datasets import Dataset, Image as ImageColumn, IterableDataset
+from datasets import Dataset, Features as Columns, Image as ImageColumn, IterableDataset
+from PIL import Image
 from torch import Tensor, nn
 
+from ..start.figures import layout
 from ..targets.features import Features
 from ..targets.bad_input import BadInput, unknown
 from ..models.student import Student
@@ -29,7 +31,7 @@ from ..data.files import in_notebook
 from ..training.recipe import Recipe, difference, read_recipe
 from ..training.run_folder import finished
 from ..training.train import NOTHING, Callbacks, Inputs, Prepared, TrainingRun, ignore, prepare, run_recipe
-from .pictures import html_table, layout, loss_curves
+from .pictures import html_table, loss_curves
 from .run_match import MATCH_HEADER, match_rows, match_run, text_table
 from .report import feature_maps, shown_images, write_report
 
@@ -88,23 +90,25 @@ def named_teachers(
             specs.append(f'python:{name}')
     return tuple(specs), objects
 
-# %% ../../nbs/front/03_run.ipynb #c815a7ce
-def _as_stored(image):
-    "A form in which `datasets` keeps an image."
+# %% ../../nbs/front/03_run.ipynb #e8ac4bdb
+def _as_picture(image):
+    "A picture, or the path of one."
+    if isinstance(image, Path): return str(image)
     if isinstance(image, Tensor): image = image.movedim(0, -1).cpu().numpy()
-    if isinstance(image, np.ndarray) and image.dtype != np.uint8:
+    if not isinstance(image, np.ndarray): return image
+    if image.dtype != np.uint8:
         if image.min() < 0 or image.max() > 1: raise BadInput('images of floating point numbers must lie in [0, 1]')
         image = (image*255).round().astype(np.uint8)
-    return str(image) if isinstance(image, Path) else image
+    return Image.fromarray(image)
 
 def as_dataset(
     images:Dataset|IterableDataset|Sequence, # with a column of images; pictures, arrays (H, W, 3), tensors (3, H, W), paths
 )->Dataset|IterableDataset:                  # one column `image`, undecoded
     "Images of any kind as `open_images` gives them. Raises `BadInput`."
     if isinstance(images, (Dataset, IterableDataset)): return only_images(images, 'the data set')
-    stored = [_as_stored(image) for image in images]
-    if not stored: raise BadInput('images: the sequence is empty')
-    try: return Dataset.from_dict({'image': stored}).cast_column('image', ImageColumn()).cast_column('image', UNDECODED['image'])
+    pictures = [_as_picture(image) for image in images]
+    if not pictures: raise BadInput('images: the sequence is empty')
+    try: return Dataset.from_dict({'image': pictures}, Columns({'image': ImageColumn()})).cast_column('image', UNDECODED['image'])
     except Exception as e:
         kinds = ', '.join(sorted({type(image).__name__ for image in images}))
         raise BadInput(f'images: a sequence of {kinds} cannot be used; give pictures, arrays, tensors or paths') from e

@@ -93,8 +93,8 @@ def match_run(
     atomic_write(out/'match.json', json.dumps(match, indent=2))
     return match
 
-# %% ../../nbs/front/01_run_match.ipynb #abc4687e
-MATCH_HEADER = ['teacher', 'judged on', 'explained', 'untrained', 'constant', 'grid cos', 'summary cos']
+# %% ../../nbs/front/01_run_match.ipynb #b78dc52d
+MATCH_HEADER = ['teacher', 'images', 'explained', 'untrained', 'constant', 'grid cosine', 'summary cosine']
 
 def match_rows(
     match:dict, # from `match_run`

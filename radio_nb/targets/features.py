@@ -23,7 +23,7 @@ def resample(
     spatial:Tensor,       # a grid of vectors, (B, H, W, D)
     size:tuple[int, int], # the grid wanted, (h, w)
 )->Tensor:                # (B, h, w, D); the input itself when it has that size
-    "Bilinear resampling of a grid of features, as in AM-RADIO; where it shrinks, averaging too, which is ours."
+    "Bilinear resampling of a grid of features, as in AM-RADIO; antialiased where it shrinks (our addition)."
     if spatial.shape[1:3] == tuple(size): return spatial
     # contiguous, because PyTorch 2.13 gets some permuted tensors wrong here;
     # float32, because it has no kernel for half precision

@@ -61,7 +61,7 @@ def powers_of_x(
 def jacobsthal(
     q:int,   # an odd prime power
 )->Tensor:   # (q, q), int8: 0 on the diagonal, ±1 elsewhere, rows sum to 0
-    "χ(a - b) for all a, b in GF(q): 1 where the difference is a square, -1 where it is not. QQᵀ = qI - J."
+    "Paley's Q, χ(a - b) for all a, b in GF(q): 1 where the difference is a square, -1 where it is not. QQᵀ = qI - J."
     if q % 2 == 0 or not prime_power(q): raise HadamardError(f'Paley needs an odd prime power, not {q}')
     p, k = prime_power(q)
     powers = torch.tensor(powers_of_x(p, k))

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NOTHING', 'SILENT', 'Inputs', 'Prepared', 'best_device', 'prepare', 'new_student', 'new_distill_step',
-           'export_student', 'number_of', 'check_images', 'teacher_gradient_norms', 'ignore', 'Callbacks',
-           'TrainingRun', 'run_recipe']
+           'export_student', 'number_of', 'check_images', 'ignore', 'Callbacks', 'TrainingRun', 'start_stage',
+           'watch_gradients', 'train_stage', 'run_recipe']
 
-# %% ../../nbs/training/08_train.ipynb #33704425
+# %% ../../nbs/training/08_train.ipynb #ae284f85
 import json
 import sys
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from ..losses.multi_teacher import MultiTeacherLoss
 from ..models.student import Student, fold_heads, remove_neck
 from ..models.teachers import Teacher, load_teacher
 from ..data.images import hold_out, open_images
-from ..data.crops import Batch, random_crop, resize
+from ..data.crops import Batch, random_crop
 from ..data.files import Progress, Stopped, atomic_write, dead_workers_named, stop_flag
 from .recipe import Recipe, recipe_toml, teacher_names, teacher_weights
 from .run_folder import check_folder, load_checkpoint, metrics_file, save_checkpoint
@@ -35,8 +35,8 @@ from .stages import StagePlan, check_recipe
 from .distributed import new_accelerator
 from .statistics import crop_sides, load_cifd_loss, load_normalizers, open_sources, statistics_at
 from .statistics import take_statistics
-from .monitor import flatten_metrics, gradient_norms, imbalance_warning
-from .trainer import DistillStep, Trainer, microbatches, normalize_targets
+from .monitor import flatten_metrics, imbalance_warning
+from .trainer import DistillStep, Trainer, teacher_gradient_norms
 
 # %% ../../nbs/training/08_train.ipynb #a90f4389
 class Inputs(NamedTuple):
@@ -121,21 +121,7 @@ def check_images(recipe:Recipe, before:int|None, now:int|None):
     raise BadInput(f'{recipe.images} gave {before} images to learn from when the run began, and gives {now} now: '
                    'a run goes on with the images it began with')
 
-# %% ../../nbs/training/08_train.ipynb #4f1a5aac
-def teacher_gradient_norms(trainer:Trainer, batches:tuple[Batch, ...])->dict[str, float]:
-    "The norm of each teacher's gradient on the backbone, averaged over the processes."
-    norms = {}
-    for micro in microbatches(trainer.sources, batches, trainer.recipe.accumulate, 0, trainer.accelerator):
-        part = micro.source.part
-        if part.weights.keys() <= norms.keys(): continue
-        features = micro.source.teacher_features(micro.batch, trainer.device)
-        targets = normalize_targets(features, trainer.normalizers, trainer.step)
-        new = {name: target for name, target in targets.items() if name not in norms}
-        images = resize(micro.batch.images.to(trainer.device)/255, part.size)
-        norms |= gradient_norms(trainer.student, trainer.loss, images, new)
-    return dict(zip(norms, trainer.accelerator.reduce(torch.stack(list(norms.values())), 'mean').tolist()))
-
-# %% ../../nbs/training/08_train.ipynb #d74035c2
+# %% ../../nbs/training/08_train.ipynb #1c2c0cbc
 def ignore(run:'TrainingRun'): "A callback that does nothing."
 
 class Callbacks(NamedTuple):
@@ -146,14 +132,15 @@ class Callbacks(NamedTuple):
 
 SILENT = Callbacks()
 
+# %% ../../nbs/training/08_train.ipynb #3d669f20
 class TrainingRun:
     "A run in progress."
     def __init__(self, recipe:Recipe, plan:tuple[StagePlan, ...], ready:Prepared, accelerator:Accelerator, out:Path,
                  callbacks:Callbacks=SILENT):
-        self.recipe, self.plan, self.ready, self.accelerator, self.out = recipe, plan, ready, accelerator, out
-        self.callbacks, self.main, self.total = callbacks, accelerator.is_main_process, plan[-1].last
+        self.recipe, self.ready, self.accelerator, self.out, self.callbacks = recipe, ready, accelerator, out, callbacks
+        self.main, self.total = accelerator.is_main_process, plan[-1].last
         self.widths = {name: teacher.widths() for name, teacher in ready.teachers.items()}
-        self.trainer, self.metrics, self.warned, self.stop_asked = None, {}, set(), False
+        self.trainer, self.metrics, self.warned, self.stop_asked = None, {}, False, False
         self.state = load_checkpoint(out/'checkpoints')   # the last one; None before the first
         if self.state: check_images(recipe, self.state['images'], number_of(ready.train))
         self.skipped = dict(self.state['skipped']) if self.state else {}   # images that cannot be used, with the reason
@@ -161,7 +148,8 @@ class TrainingRun:
     @property
     def step(self)->int:
         "How many steps are done."
-        return self.trainer.step if self.trainer else self.state['step'] if self.state else 0
+        if self.trainer: return self.trainer.step
+        return self.state['step'] if self.state else 0
 
     @property
     def student(self)->nn.Module:
@@ -172,60 +160,6 @@ class TrainingRun:
         "End the run after this step, with the student as it is."
         self.stop_asked = True
 
-    def __call__(self):
-        "Run all stages that are not done yet."
-        for plan in self.plan:
-            if self.state and (self.state['ended'] or self.state['step'] >= plan.last): continue
-            self.start_stage(plan)
-            self.run_stage(plan)
-
-    def start_stage(self, plan:StagePlan):
-        "Open the sources of a stage, measure its teachers, and tell the trainer."
-        recipe, ready, out, device = self.recipe, self.ready, self.out, self.ready.device
-        sources = open_sources(recipe, plan, ready.train, ready.teachers, self.accelerator, device, ready.crop)
-        if plan.measured and not statistics_at(out, plan.first).exists():
-            take_statistics(recipe, plan, sources, out, self.accelerator, device)
-        if self.trainer is None:
-            self.trainer = Trainer(new_distill_step(recipe, self.widths, out), recipe, device, self.accelerator)
-            if self.state: self.trainer.load_state_dict(self.state['trainer'])
-        before = load_normalizers(recipe, self.widths, out, plan.first - 1) if plan.first else None
-        self.trainer.start_stage(plan, sources, load_normalizers(recipe, self.widths, out, plan.first), before)
-
-    def run_stage(self, plan:StagePlan):
-        "All steps of a stage. Raises `Stopped` when a signal asked for it."
-        recipe, trainer, accelerator = self.recipe, self.trainer, self.accelerator
-        progress = Progress(self.total, trainer.step, quiet=not self.main)
-        streams = zip(*(source.batches(recipe, accelerator, trainer.step, plan.last) for source in trainer.sources))
-        log = metrics_file(self.out, trainer.step) if self.main else nullcontext()
-        with log as metrics, dead_workers_named(), stop_flag() as signals:
-            for batches in trainer.timer.each(streams, 'data'):
-                for batch in batches: self.skipped.update(batch.skipped)
-                watched = self.watch_gradients(batches)
-                self.metrics = trainer(*batches) | watched | {'seconds': trainer.timer.read()}
-                if self.main: metrics.write(json.dumps(self.metrics) + '\n')
-                if recipe.trackers: accelerator.log(flatten_metrics(self.metrics), step=trainer.step)
-                progress(trainer.step, f'loss {self.metrics["loss"]:.3f}')
-                if self.main: self.callbacks.on_step(self)
-                asked = torch.tensor([len(signals), int(self.stop_asked)], device=trainer.device)
-                stopping, ended = accelerator.reduce(asked, 'sum').tolist()
-                if stopping or ended or trainer.step % recipe.checkpoint_every == 0 or trainer.step == plan.last:
-                    self.checkpoint(bool(ended))
-                if ended: return
-                if stopping and trainer.step < self.total:
-                    raise Stopped(f'stopped after step {trainer.step} of {self.total}; add --resume to go on')
-
-    def watch_gradients(self, batches:tuple[Batch, ...])->dict:
-        "What is added to the log when it is time to look at the gradients; a warning is printed once."
-        recipe, trainer = self.recipe, self.trainer
-        trainer.student.heads_only = trainer.step < recipe.heads_only   # as the step to come will have it
-        due = recipe.watch_every and trainer.step % recipe.watch_every == 0
-        if not due or trainer.student.heads_only or recipe.shard: return {}
-        norms = teacher_gradient_norms(trainer, batches)
-        warning = imbalance_warning(norms)
-        if warning and not self.warned and self.main: print(f'step {trainer.step}: {warning}', file=sys.stderr)
-        if warning: self.warned.add(warning)
-        return {'gradient_norms': norms}
-
     def checkpoint(self, ended:bool=False): # ended: whether the run ends here, before its last step
         "Write a checkpoint; to be called on all processes."
         skipped = {path: why for one in gather_object([self.skipped]) for path, why in one.items()}
@@ -235,7 +169,57 @@ class TrainingRun:
         save_checkpoint(self.out/'checkpoints', self.state, self.recipe.keep)
         self.callbacks.on_checkpoint(self)
 
-# %% ../../nbs/training/08_train.ipynb #53067c77
+# %% ../../nbs/training/08_train.ipynb #de299b2b
+def start_stage(run:TrainingRun, plan:StagePlan):
+    "Open the sources of a stage, measure its teachers, and tell the trainer."
+    recipe, ready, out, device = run.recipe, run.ready, run.out, run.ready.device
+    sources = open_sources(recipe, plan, ready.train, ready.teachers, run.accelerator, device, ready.crop)
+    if plan.measured and not statistics_at(out, plan.first).exists():
+        take_statistics(recipe, plan, sources, out, run.accelerator, device)
+    if run.trainer is None:
+        run.trainer = Trainer(new_distill_step(recipe, run.widths, out), recipe, device, run.accelerator)
+        if run.state: run.trainer.load_state_dict(run.state['trainer'])
+    before = load_normalizers(recipe, run.widths, out, plan.first - 1) if plan.first else None
+    run.trainer.start_stage(plan, sources, load_normalizers(recipe, run.widths, out, plan.first), before)
+
+# %% ../../nbs/training/08_train.ipynb #03c75692
+def watch_gradients(run:TrainingRun, batches:tuple[Batch, ...])->dict:
+    "What is added to the log when it is time to look at the gradients; a warning is printed once."
+    recipe, trainer = run.recipe, run.trainer
+    trainer.student.heads_only = trainer.step < recipe.heads_only   # as the step to come will have it
+    due = recipe.watch_every and trainer.step % recipe.watch_every == 0
+    if not due or trainer.student.heads_only or recipe.shard: return {}
+    norms = teacher_gradient_norms(trainer, batches)
+    warning = imbalance_warning(norms)
+    if warning and not run.warned and run.main: print(f'step {trainer.step}: {warning}', file=sys.stderr)
+    run.warned = run.warned or bool(warning)
+    return {'gradient_norms': norms}
+
+# %% ../../nbs/training/08_train.ipynb #ab1786a9
+def train_stage(run:TrainingRun, plan:StagePlan):
+    "All steps of a stage that are left. Raises `Stopped` when a signal asked for it."
+    recipe, trainer, accelerator = run.recipe, run.trainer, run.accelerator
+    progress = Progress(run.total, trainer.step, quiet=not run.main)
+    streams = zip(*(source.batches(recipe, accelerator, trainer.step, plan.last) for source in trainer.sources))
+    log = metrics_file(run.out, trainer.step) if run.main else nullcontext()
+    with log as metrics, dead_workers_named(), stop_flag() as signals:
+        for batches in trainer.timer.each(streams, 'data'):
+            for batch in batches: run.skipped.update(batch.skipped)
+            watched = watch_gradients(run, batches)
+            run.metrics = trainer(*batches) | watched | {'seconds': trainer.timer.read()}
+            if run.main: metrics.write(json.dumps(run.metrics) + '\n')
+            if recipe.trackers: accelerator.log(flatten_metrics(run.metrics), step=trainer.step)
+            progress(trainer.step, f'loss {run.metrics["loss"]:.3f}')
+            if run.main: run.callbacks.on_step(run)
+            asked = torch.tensor([len(signals), int(run.stop_asked)], device=trainer.device)
+            stopping, ended = accelerator.reduce(asked, 'sum').tolist()
+            if stopping or ended or trainer.step % recipe.checkpoint_every == 0 or trainer.step == plan.last:
+                run.checkpoint(bool(ended))
+            if ended: return
+            if stopping and trainer.step < run.total:
+                raise Stopped(f'stopped after step {trainer.step} of {run.total}; add --resume to go on')
+
+# %% ../../nbs/training/08_train.ipynb #071dd3a6
 def run_recipe(
     recipe:Recipe,
     resume:bool=False,                # go on with an unfinished run in the same folder
@@ -255,7 +239,10 @@ def run_recipe(
     accelerator.wait_for_everyone()
     if recipe.trackers: accelerator.init_trackers('radio_nb', {key: str(value) for key, value in asdict(recipe).items()})
     run = TrainingRun(recipe, plan, ready, accelerator, out, callbacks)
-    run()
+    for stage in plan:
+        if run.state and (run.state['ended'] or run.state['step'] >= stage.last): continue   # done before
+        start_stage(run, stage)
+        train_stage(run, stage)
     if accelerator.is_main_process:
         if run.state['skipped']: atomic_write(out/'skipped.json', json.dumps(run.state['skipped'], indent=2))
         export_student(recipe, run.widths, run.state['trainer'], out)

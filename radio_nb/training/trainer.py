@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['check_losses', 'check_width', 'normalize_targets', 'draw_window', 'DistillStep', 'Microbatch', 'microbatches',
-           'log_terms', 'reduce_log', 'retarget', 'TrainState', 'Trainer']
+           'log_terms', 'reduce_log', 'retarget', 'TrainState', 'Trainer', 'teacher_gradient_norms']
 
-# %% ../../nbs/training/07_trainer.ipynb #b4888aee
+# %% ../../nbs/training/07_trainer.ipynb #ed4a9115
 from math import isfinite
 from typing import NamedTuple
 
@@ -26,9 +26,10 @@ from ..models.student import Student
 from ..data.crops import Batch, resize
 from .recipe import Recipe
 from .stages import BatchPartition, StagePlan, learning_rate, teacher_dropout
-from .distributed import distribute, full_state_dict, grad_sync, load_full_state_dict, new_accelerator, shard
+from .distributed import distribute, full_state_dict, grad_sync, load_full_state_dict, new_accelerator
+from .distributed import shard
 from .statistics import Source
-from .monitor import PhaseTimer
+from .monitor import PhaseTimer, gradient_norms
 
 # %% ../../nbs/training/07_trainer.ipynb #0e9cc717
 def check_losses(step:int, parts:dict[str, dict[str, float]]):
@@ -269,3 +270,17 @@ class Trainer:
         "Go on from a checkpoint."
         self.step, self.last_losses = state['step'], state['last_losses']
         self.state.load_state_dict(state)
+
+# %% ../../nbs/training/07_trainer.ipynb #967f0508
+def teacher_gradient_norms(trainer:Trainer, batches:tuple[Batch, ...])->dict[str, float]:
+    "The norm of each teacher's gradient on the backbone, averaged over the processes."
+    norms = {}
+    for micro in microbatches(trainer.sources, batches, trainer.recipe.accumulate, 0, trainer.accelerator):
+        part = micro.source.part
+        if part.weights.keys() <= norms.keys(): continue
+        features = micro.source.teacher_features(micro.batch, trainer.device)
+        targets = normalize_targets(features, trainer.normalizers, trainer.step)
+        new = {name: target for name, target in targets.items() if name not in norms}
+        images = resize(micro.batch.images.to(trainer.device)/255, part.size)
+        norms |= gradient_norms(trainer.student, trainer.loss, images, new)
+    return dict(zip(norms, trainer.accelerator.reduce(torch.stack(list(norms.values())), 'mean').tolist()))
