@@ -9,7 +9,8 @@ settings = ConfigParser(delimiters=['='])
 settings.read(here/'settings.ini', encoding='utf-8')
 cfg = settings['DEFAULT']
 extras = {name: cfg[f'{name}_requirements'].split() for name in ('zoo', 'notebooks', 'dev')}
-pythons = [f'3.{minor}' for minor in range(int(cfg['min_python'].split('.')[1]), int(cfg['max_python'].split('.')[1]) + 1)]
+oldest, newest = (int(cfg[f'{end}_python'].split('.')[1]) for end in ('min', 'max'))
+pythons = [f'3.{minor}' for minor in range(oldest, newest + 1)]
 
 setup(
     name=cfg['lib_name'],
@@ -25,9 +26,12 @@ setup(
     license='Apache-2.0',
     license_files=['LICENSE'],
     keywords=cfg['keywords'],
-    classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research', 'Intended Audience :: Developers',
-                 'Operating System :: OS Independent', 'Topic :: Scientific/Engineering :: Artificial Intelligence',
-                 'Topic :: Scientific/Engineering :: Image Recognition', 'Typing :: Typed', 'Programming Language :: Python :: 3',
+    classifiers=['Development Status :: 3 - Alpha',
+                 'Intended Audience :: Science/Research', 'Intended Audience :: Developers',
+                 'Operating System :: OS Independent',
+                 'Topic :: Scientific/Engineering :: Artificial Intelligence',
+                 'Topic :: Scientific/Engineering :: Image Recognition',
+                 'Typing :: Typed', 'Programming Language :: Python :: 3',
                  *(f'Programming Language :: Python :: {version}' for version in pythons)],
     python_requires=f'>={cfg["min_python"]}',
     packages=find_packages(include=['radio_nb', 'radio_nb.*']),

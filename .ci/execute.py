@@ -30,7 +30,7 @@ PLOTLY = 'application/vnd.plotly.v1+json'
 
 def lighten(output, limit=60_000):
     """Store a picture with more than `limit` characters of PNG as JPEG, which costs photographs a fifth of it, and a
-    figure made of pixels as a picture only: it gains nothing by plotly, and nbdev mistakes its `source` for a cell's."""
+    figure made of pixels as a picture only: it gains nothing by plotly, and nbdev takes its `source` for a cell's."""
     data = output.get('data', {})
     if any(trace.get('type') == 'image' for trace in data.get(PLOTLY, {}).get('data', [])): data.pop(PLOTLY)
     if len(data.get('image/png', '')) <= limit: return output

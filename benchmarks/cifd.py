@@ -77,7 +77,8 @@ def stepper(backbone, modules):
     return step
 
 
-for name, backbone in (('ResNet-20', partial(Pooled, 20)), ('ResNet-8', partial(Pooled, 8)), ('three convolutions', plain)):
+backbones = {'ResNet-20': partial(Pooled, 20), 'ResNet-8': partial(Pooled, 8), 'three convolutions': plain}
+for name, backbone in backbones.items():
     modules = RateDistortion(64, 1., 10., 100., classes=10).eval().requires_grad_(False).to(args.device)
     slower = ratio(stepper(backbone(), modules), stepper(backbone(), None), 15)
     report(f'CIFD step against KD step, student {name}', slower, 1.1)

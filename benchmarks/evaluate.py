@@ -36,7 +36,8 @@ def peak(device):
 
 def growth(what):
     "How much memory one call takes, in MiB."
-    done = subprocess.run([sys.executable, __file__, *sys.argv[1:], '--grow', what], check=True, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, __file__, *sys.argv[1:], '--grow', what]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return float(done.stdout.split()[-1])
 
 

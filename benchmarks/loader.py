@@ -2,9 +2,9 @@
 
     python benchmarks/loader.py [--images zoo:photos] [--size 224] [--batch 16] [--steps 40] [--workers 2]
 
-Both take the same boxes of the same images and start their processes anew in every turn; the two take turns, in one run,
-and a ratio is that of their fastest turns. The second figure is that of the same images as a stream, with threads. The
-last one is for large photographs: crops of a JPEG of 4000 × 3000 pixels, decoded in full and with `draft=True`.
+Both take the same boxes of the same images and start their processes anew in every turn; the two take turns, in one
+run, and a ratio is that of their fastest turns. The second figure is that of the same images as a stream, with threads.
+The last one is for large photographs: crops of a JPEG of 4000 × 3000 pixels, decoded in full and with `draft=True`.
 """
 from io import BytesIO
 from multiprocessing import Pool
@@ -59,8 +59,9 @@ args = arguments(__doc__, threads=1, images='zoo:photos', size=224, batch=16, st
 source = open_images(args.images)
 rows = list(source['image'])
 work = list(boxes(rows, args.size, args.batch*args.steps))
+stream = open_images(f'stream:{args.images}')
 kinds = {'image_batches': Crops(source, args.size, SEED, shuffle=False),
-         'image_batches of a stream': StreamedCrops(open_images(f'stream:{args.images}'), args.size, SEED, shuffle=False)}
+         'image_batches of a stream': StreamedCrops(stream, args.size, SEED, shuffle=False)}
 for name, crops in kinds.items():
     def loaded(crops=crops): ours(crops, args.batch, args.steps, args.workers)
     print(f'{name}: {len(work)/seconds(loaded):.0f} images a second')

@@ -3,9 +3,9 @@
     python benchmarks/memory.py [--few 10000] [--many 50000] [--size 32] [--batch 64]
 
 Distinct small JPEGs are written, as files in a folder and as rows of Parquet, and each way of reading them goes once
-through all of them in a process of its own. Parquet that is opened is mapped into memory: the peak counts every page that
-was touched, though the system takes those back when it needs them, so the memory is given without them too. A stream
-holds parts of ten files at a time, whose size is therefore the same for both numbers of images.
+through all of them in a process of its own. Parquet that is opened is mapped into memory: the peak counts every page
+that was touched, though the system takes those back when it needs them, so the memory is given without them too. A
+stream holds parts of ten files at a time, whose size is therefore the same for both numbers of images.
 """
 import argparse
 import resource
@@ -39,7 +39,8 @@ def write(folder, n):
     (folder/'parquet').mkdir()
     for k, shard in enumerate(np.split(np.arange(n), range(500, n, 500))):
         rows = {'image': [{'bytes': jpeg(i), 'path': None} for i in shard]}
-        Dataset.from_dict(rows, Features({'image': ImageColumn()})).to_parquet(folder/'parquet'/f'{k:03}.parquet', batch_size=100)
+        dataset = Dataset.from_dict(rows, Features({'image': ImageColumn()}))
+        dataset.to_parquet(folder/'parquet'/f'{k:03}.parquet', batch_size=100)
 
 
 def read(source, n, size, batch):
@@ -54,7 +55,8 @@ def read(source, n, size, batch):
 
 
 def peak(source, n, args):
-    command = [sys.executable, __file__, '--read', source, '--few', str(n), '--size', str(args.size), '--batch', str(args.batch)]
+    command = [sys.executable, __file__, '--read', source, '--few', str(n),
+               '--size', str(args.size), '--batch', str(args.batch)]
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return tuple(map(float, printed.split()[-2:]))
 
@@ -70,7 +72,8 @@ if args.read: sys.exit(read(args.read, args.few, args.size, args.batch))
 with tempfile.TemporaryDirectory() as folder:
     for n in (args.few, args.many): write(Path(folder)/str(n), n)
     for name, source in {'files': '{}/files', 'Parquet': '{}/parquet', 'streamed Parquet': 'stream:{}/parquet'}.items():
-        (few, few_own), (many, many_own) = (peak(source.format(Path(folder)/str(n)), n, args) for n in (args.few, args.many))
+        (few, few_own), (many, many_own) = (
+            peak(source.format(Path(folder)/str(n)), n, args) for n in (args.few, args.many))
         print(f'{name}: {few:.0f} MiB with {args.few} images, {many:.0f} MiB with {args.many}')
         report(f'peak resident size, {name}', many/few, 1.05)
         report(f'of it not mapped from files, {name}', many_own/few_own, 1.05)

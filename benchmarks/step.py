@@ -2,8 +2,8 @@
 
     python benchmarks/step.py [--batch 8] [--steps 12] [--threads 2] [--device cpu]
 
-The two take their steps in turns, in one run; a ratio is that of their fastest steps. The second figure is for teachers whose
-answers are read from a cache; the loop beside it finds its targets in memory, normalized.
+The two take their steps in turns, in one run; a ratio is that of their fastest steps. The second figure is for teachers
+whose answers are read from a cache; the loop beside it finds its targets in memory, normalized.
 """
 import tempfile  # noqa: I001
 
@@ -39,7 +39,8 @@ def new_student():
 def new_trainer(crops, cached):
     "The trainer as a run would make it, at its first step."
     recipe = Recipe('', tuple(SPECS.values()), '', size=SIZE, steps=10_000, batch_size=args.batch, device=args.device)
-    loss, stage_plan = MultiTeacherLoss('phi-s', dict.fromkeys(SPECS, 1.), dict.fromkeys(SPECS, 1.)), plan_stages(recipe, list(SPECS))[0]
+    loss = MultiTeacherLoss('phi-s', dict.fromkeys(SPECS, 1.), dict.fromkeys(SPECS, 1.))
+    stage_plan = plan_stages(recipe, list(SPECS))[0]
     trainer = Trainer(DistillStep(new_student(), loss), recipe, device)
     trainer.start_stage(stage_plan, [Source(stage_plan.parts[0], crops, teachers, cached)], normalizers)
     return trainer
@@ -51,8 +52,8 @@ def bare_step(images, targets=None):
     optimizer = timm.optim.create_optimizer_v2(student, 'adamw', 1e-3, .02)
 
     def step():
-        pixels = images.to(device)/255
-        small = pixels if pixels.shape[-1] == SIZE else F.interpolate(pixels, (SIZE, SIZE), mode='bilinear', antialias=True)
+        small = pixels = images.to(device)/255
+        if pixels.shape[-1] != SIZE: small = F.interpolate(pixels, (SIZE, SIZE), mode='bilinear', antialias=True)
         said, loss = student(small), 0
         for name, teacher in teachers.items():
             if targets: summary, spatial = targets[name]

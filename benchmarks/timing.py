@@ -6,7 +6,7 @@ import torch
 
 
 def arguments(doc, threads=None, **options):
-    "The options of a benchmark, all of them numbers or words with a default; sets the threads and says what it runs on."
+    "The options of a benchmark, all numbers or words with a default; sets the threads and says what it runs on."
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     options = {'threads': threads or torch.get_num_threads(), 'device': 'cpu'} | options
     for name, default in options.items(): parser.add_argument(f'--{name}', type=type(default), default=default)

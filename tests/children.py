@@ -23,15 +23,16 @@ from radio_nb.models.zoo import photographs
 
 # in the server nothing has computed yet: a fork of a process with busy threads would hang
 server = multiprocessing.get_context('forkserver')
-server.set_forkserver_preload(['radio_nb.front.cli', 'radio_nb.front.run', 'radio_nb.front.evaluate', 'open_clip', 'PIL.AvifImagePlugin',
-                               'torch._dynamo'])   # what is imported late, too
+server.set_forkserver_preload(['radio_nb.front.cli', 'radio_nb.front.run', 'radio_nb.front.evaluate',
+                               'open_clip', 'PIL.AvifImagePlugin', 'torch._dynamo'])   # what is imported late, too
 
 
 def _begin(work, args, env, log):
     os.environ.update(env)
     torch.set_num_threads(1)
-    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0   # after every epoch of a shuffled stream it sleeps for five seconds
-    with log.open('a', buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file): work(*args)
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0   # it sleeps five seconds after every epoch of a shuffled stream
+    with log.open('a', buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        work(*args)
 
 
 def train(recipe, resume=False):
@@ -57,8 +58,8 @@ class Children:
         self.begun = time.time()
         self.processes = []
         for rank, own in enumerate(self.logs):
-            ranks = {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': n, 'LOCAL_WORLD_SIZE': n, 'MASTER_ADDR': '127.0.0.1',
-                     'MASTER_PORT': port}
+            ranks = {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': n, 'LOCAL_WORLD_SIZE': n,
+                     'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
             env = {key: str(value) for key, value in ranks.items()} if n > 1 else {}
             self.processes.append(server.Process(target=_begin, args=(work, args, env, own)))
             self.processes[-1].start()
@@ -79,7 +80,8 @@ class Children:
 def small_images(folder, n=12, side=96):
     "A folder of small photographs, quick to decode."
     folder.mkdir()
-    for i, path in enumerate(photographs()[:n]): Image.open(path).convert('RGB').resize((side, side)).save(folder/f'{i:02d}.png')
+    for i, path in enumerate(photographs()[:n]):
+        Image.open(path).convert('RGB').resize((side, side)).save(folder/f'{i:02d}.png')
     return str(folder)
 
 
@@ -99,5 +101,6 @@ def apart(a, b):
 def photo_parquet(path, n=24, side=96):
     "A Parquet file of photographs, as hubs keep them."
     images = [Image.open(p).convert('RGB').resize((side, side)) for p in photographs()[:n]]
-    Dataset.from_dict({'image': [np.asarray(image) for image in images]}).cast_column('image', ImageColumn()).to_parquet(path)
+    dataset = Dataset.from_dict({'image': [np.asarray(image) for image in images]})
+    dataset.cast_column('image', ImageColumn()).to_parquet(path)
     return str(path)

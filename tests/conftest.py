@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
-os.environ['OMP_NUM_THREADS'] = '1'   # of all processes: runs that are compared to the last bit must add up in one order
+os.environ['OMP_NUM_THREADS'] = '1'   # of all processes: runs compared to the last bit must add up in one order
 
 SMALL = ['--teachers', 'zoo:u2netp#64', '--size', '64', '--steps', '6', '--statistics-steps', '2', '--batch-size', '4',
          '--head-width', '32', '--checkpoint-every', '2', '--hold-out', '4', '--images', 'zoo:photos']

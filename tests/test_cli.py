@@ -101,9 +101,11 @@ def test_recipe_files(refused, tmp_path, capsys):
 
 
 def test_images_that_are_not_there(refused, tmp_path):
-    assert 'no such folder or file: /nowhere' in refused('distill', *replaced('--images', '/nowhere'), '--out', tmp_path/'run')
+    assert 'no such folder or file: /nowhere' in refused(
+        'distill', *replaced('--images', '/nowhere'), '--out', tmp_path/'run')
     (tmp_path/'empty').mkdir()
-    assert 'holds neither an image nor a Parquet' in refused('distill', *replaced('--images', tmp_path/'empty'), '--out', tmp_path/'run')
+    assert 'holds neither an image nor a Parquet' in refused(
+        'distill', *replaced('--images', tmp_path/'empty'), '--out', tmp_path/'run')
     (tmp_path/'all_bad').mkdir()
     for i in range(3): (tmp_path/'all_bad'/f'{i}.jpg').touch()
     assert 'nothing would be left' in refused('distill', *replaced('--hold-out', 38), '--out', tmp_path/'run')
@@ -120,7 +122,8 @@ def test_teachers_that_do_not_work(refused, tmp_path):
     save_file({'conv1.weight': torch.zeros(1)}, tmp_path/'wrong.safetensors')
     error = teacher(f'timm:resnet18@{tmp_path}/wrong.safetensors')
     assert 'missing: ' in error and 'conv1.weight (1,) for (64, 3, 7, 7)' in error
-    assert 'listed twice' in refused('distill', *replaced('--teachers', 'zoo:u2netp', 'zoo:u2netp'), '--out', tmp_path/'run')
+    assert 'listed twice' in refused(
+        'distill', *replaced('--teachers', 'zoo:u2netp', 'zoo:u2netp'), '--out', tmp_path/'run')
     assert '2 numbers for 1 teachers' in refused('distill', *SMALL, '--summary-weights', 1, 2, '--out', tmp_path/'run')
 
 
@@ -171,7 +174,8 @@ def test_parquet(tmp_path, column):
     Dataset.from_dict({'label': range(6), column: jpegs}, features=columns).to_parquet(tmp_path/'some.parquet')
     images = open_images(str(tmp_path/'some.parquet'))
     assert images.column_names == ['image'] and decode(images[0]['image']).size == (32, 32)
-    cli.main(['distill', *replaced('--images', tmp_path/'some.parquet'), '--hold-out', '2', '--out', str(tmp_path/'run')])
+    cli.main(['distill', *replaced('--images', tmp_path/'some.parquet'), '--hold-out', '2',
+              '--out', str(tmp_path/'run')])
     assert (tmp_path/'run'/'report.html').exists()
 
 

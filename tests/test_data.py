@@ -30,7 +30,7 @@ from radio_nb.data.streams import StreamedCrops, crop_stream
 from radio_nb.models.randomness import rng_shard, uniform
 from radio_nb.targets.bad_input import BadInput
 
-datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0   # seconds that a stream of Parquet waits for Arrow's threads at its end
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0   # seconds a stream of Parquet waits for Arrow's threads at its end
 
 
 def encoded(i, size=(24, 20)):
@@ -132,7 +132,8 @@ def test_what_is_broken_is_named_and_replaced(sources, stream):
 @pytest.mark.parametrize('stream', [False, True])
 def test_where_nothing_can_be_read_it_says_so(tmp_path, stream):
     crops = crops_of(write(tmp_path/'bad', [b'no image']*3), stream)
-    with pytest.raises(BadInput, match='images that were tried can be used; the first: .* cannot be identified as an image'):
+    message = 'images that were tried can be used; the first: .* cannot be identified as an image'
+    with pytest.raises(BadInput, match=message):
         next(image_batches(crops, 2, 1))
 
 
@@ -209,7 +210,8 @@ def test_a_span_must_lie_in_the_batch(sources):
 def jpeg(width, height, seed=0, **options):
     "A smooth picture with a little noise, as a cell of `datasets`."
     rng = np.random.default_rng(seed)
-    smooth = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8))
+    smooth = coarse.resize((width, height), Image.Resampling.BICUBIC)
     noisy = np.asarray(smooth) + rng.normal(0, 4, (height, width, 1))
     file = BytesIO()
     Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(file, 'JPEG', quality=90, **options)
@@ -255,8 +257,8 @@ def test_a_draft_changes_the_pixels_of_a_crop_a_little_and_nothing_else(seed, st
 def test_a_draft_is_made_where_it_saves_something_and_only_there():
     row = jpeg(1200, 900)
     assert shortest_side(64) == 117 and shortest_side((10, 100)) == 100
-    for min_side, size in ((0, (1200, 900)), (901, (1200, 900)), (900, (1200, 900)), (450, (600, 450)), (451, (1200, 900)),
-                           (117, (300, 225)), (112, (150, 113)), (1, (150, 113))):
+    for min_side, size in ((0, (1200, 900)), (901, (1200, 900)), (900, (1200, 900)), (450, (600, 450)),
+                           (451, (1200, 900)), (117, (300, 225)), (112, (150, 113)), (1, (150, 113))):
         assert decode(row, min_side).size == size
     assert decode({'path': None, 'bytes': encoded(0, (1200, 900))}, 100).size == (1200, 900)   # a PNG cannot
     turned = Image.Exif()

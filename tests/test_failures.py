@@ -20,9 +20,9 @@ from radio_nb.training.train import run_recipe
 
 
 def recipe_at(home, **fields):
-    return Recipe(**{'images': str(home/'images'), 'teachers': ('zoo:u2netp#64',), 'out': str(home/'run'), 'depth': 1, 'size': 64,
-                     'head_width': 32, 'batch_size': 4, 'statistics_steps': 2, 'device': 'cpu', 'checkpoint_every': 1,
-                     'watch_every': 0} | fields)
+    return Recipe(**{'images': str(home/'images'), 'teachers': ('zoo:u2netp#64',), 'out': str(home/'run'),
+                     'depth': 1, 'size': 64, 'head_width': 32, 'batch_size': 4, 'statistics_steps': 2, 'device': 'cpu',
+                     'checkpoint_every': 1, 'watch_every': 0} | fields)
 
 
 def wait_for_lines(child, out, n):
@@ -138,7 +138,8 @@ def test_evaluate_at_several_sizes(two_teachers, capsys):
 
 @pytest.mark.parametrize('size', ['large', '64x', '1x2x3', '0', '-64', '6.4'])
 def test_a_size_that_is_none_is_refused_in_one_line(two_teachers, capsys, size):
-    with pytest.raises(SystemExit) as exit: cli.main(['evaluate', two_teachers.out, '--images', two_teachers.images, f'--sizes={size}'])
+    with pytest.raises(SystemExit) as exit:
+        cli.main(['evaluate', two_teachers.out, '--images', two_teachers.images, f'--sizes={size}'])
     assert exit.value.code == 2 and f"size '{size}' is neither a side" in capsys.readouterr().err
 
 

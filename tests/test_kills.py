@@ -23,10 +23,12 @@ def hard(tmp_path_factory):
     home = tmp_path_factory.mktemp('kills')
     teachers = ('zoo:u2netp#64', other_teacher(home/'small_vit.safetensors'))
     mixed = (Partition(.5, 32), Partition(.5, (64, 32), ('small_vit',)))
-    stages = (Stage(4, partitions=mixed), Stage(4, restart_statistics=False, restart_lr=False), Stage(5, partitions=mixed))
-    recipe = Recipe(images=small_images(home/'images'), teachers=teachers, out=str(home/'undisturbed'), depth=2, size=64, head_width=32,
-                    batch_size=8, accumulate=2, stages=stages, statistics_steps=6, heads_only=3, ema=.9, teacher_dropout=.5, views=2,
-                    cache=str(home/'cache'), checkpoint_every=1, keep=2, device='cpu', watch_every=3, warmup=.3)
+    stages = (Stage(4, partitions=mixed), Stage(4, restart_statistics=False, restart_lr=False),
+              Stage(5, partitions=mixed))
+    recipe = Recipe(images=small_images(home/'images'), teachers=teachers, out=str(home/'undisturbed'),
+                    depth=2, size=64, head_width=32, batch_size=8, accumulate=2, stages=stages, statistics_steps=6,
+                    heads_only=3, ema=.9, teacher_dropout=.5, views=2, cache=str(home/'cache'), checkpoint_every=1,
+                    keep=2, device='cpu', watch_every=3, warmup=.3)
     Children(1, home/'first', time.sleep, 0).wait()   # starts the server
     child = Children(1, home/'undisturbed', train, recipe)
     return recipe, Path(recipe.out), child.wait()
@@ -67,7 +69,8 @@ def test_killed_twenty_times_it_trains_the_same_student(hard, tmp_path):
             child = Children(1, tmp_path/f'run{finished}', train, run, resume)
             if kills >= KILLS: killed = child.wait() < 0
             elif dice.random() < .6:
-                left = 1 - len(losses(out))/STEPS if (out/'metrics.jsonl').exists() else 1   # of the run, after its start
+                taken = len(losses(out)) if (out/'metrics.jsonl').exists() else 0
+                left = 1 - taken/STEPS   # of the run, after its start
                 killed = kill_at(child, dice.uniform(.05, .3 + .6*left)*seconds)
             else: killed = kill_writing(child, out/'checkpoints', dice.randint(1, 5))
             kills += killed
@@ -80,7 +83,8 @@ def test_killed_twenty_times_it_trains_the_same_student(hard, tmp_path):
         assert (out/'statistics-8.safetensors').read_bytes() == (undisturbed/'statistics-8.safetensors').read_bytes()
         assert losses(out) == losses(undisturbed)
         finished += 1
-    print(f'{kills} kills, {writing} while a checkpoint was written, {measuring} before the first; {finished} runs of {seconds:.1f} s')
+    print(f'{kills} kills, {writing} while a checkpoint was written, {measuring} before the first; '
+          f'{finished} runs of {seconds:.1f} s')
     assert writing >= 4 and measuring >= 2
     assert Student.from_pretrained(undisturbed).config['teachers'].keys() == {'u2netp', 'small_vit'}
 
@@ -92,7 +96,8 @@ class Killed(BaseException):
 @pytest.mark.parametrize('resumed', [False, True])
 def test_a_kill_within_a_text_file_leaves_a_run_that_goes_on(hard, tmp_path, monkeypatch, resumed):
     "Every text file of a run in turn gets half of what was to be written, when it is made and when it is made again."
-    recipe = replace(hard[0], teachers=('zoo:u2netp#64',), stages=(), steps=2, depth=1, size=32, statistics_steps=2, cache='', heads_only=0)
+    recipe = replace(hard[0], teachers=('zoo:u2netp#64',), stages=(), steps=2, depth=1, size=32, statistics_steps=2,
+                     cache='', heads_only=0)
     undisturbed, write, written, end, n = tmp_path/'0', Path.write_text, [], None, 0
     train(replace(recipe, out=str(undisturbed)))
     def dying(path, text, *args, **kwargs):

@@ -1,4 +1,5 @@
-"What the chapters on losses cannot show well: every shape, mask and combination, and what a missing term must not spoil."
+"""What the chapters on losses cannot show well: every shape, mask and combination,
+and what a missing term must not spoil."""
 import io
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What `match`, `labelled` and `knn` cannot show well: random shapes and cuts, other libraries, chunks, broken sources."""
+"What `match`, `labelled` and `knn` cannot show well: random shapes and cuts, other libraries, chunks, broken sources."
 import io
 from unittest.mock import patch
 
@@ -59,7 +59,8 @@ def test_cka_is_blind_to_rotation_and_scale(seed, n, C, factor):
 
 @pytest.mark.parametrize('still', [torch.zeros(9, 2), torch.full((9, 2), 1e6/3)])
 def test_what_is_constant_aligns_with_nothing(still):
-    assert linear_cka(still, torch.randn(9, 3)) == linear_cka(torch.randn(9, 3), still) == linear_cka(still, still) == 0.
+    assert linear_cka(still, torch.randn(9, 3)) == linear_cka(torch.randn(9, 3), still) == 0.
+    assert linear_cka(still, still) == 0.
 
 
 @quick
@@ -125,7 +126,7 @@ def test_other_measures_stay_and_the_expensive_ones_are_optional():
 
 
 def test_isotropic_errors_have_no_range_after_phi_s():
-    "By hand: e = c·Θ r with r of unit variance and unrelated channels has, normalized, the variance c² in every channel."
+    "By hand: e = c·Θ r with r of unit variance and unrelated channels has, normalized, variance c² in every channel."
     torch.manual_seed(0)
     y = normal(4000, 8) @ normal(8, 8)
     phi_s = fit_normalizer('phi-s', Moments(8).update(y))
@@ -146,7 +147,8 @@ def test_neighbours_vote_as_in_scikit_learn(seed, k, n_classes, temperature, met
     torch.manual_seed(seed)
     x, y, q = torch.randn(60, 8), torch.randint(n_classes, (60,)), torch.randn(30, 8)
     def similarity(distance): return 1 - distance if metric == 'cosine' else 1 - distance**2/2   # of unit vectors
-    oracle = KNeighborsClassifier(k, metric=metric, algorithm='brute', weights=lambda d: np.exp(similarity(d)/temperature))
+    def weights(distance): return np.exp(similarity(distance)/temperature)
+    oracle = KNeighborsClassifier(k, metric=metric, algorithm='brute', weights=weights)
     oracle.fit(F.normalize(x.double()), y)
     assert knn_predict(x, y, q, k, temperature).tolist() == oracle.predict(F.normalize(q.double())).tolist()
 
@@ -177,7 +179,8 @@ def test_a_class_is_found_in_itself():
 
 
 @pytest.mark.parametrize('wrong, message', [
-    (dict(k=51), 'k is 51, but must be from 1 to 50'), (dict(k=0), 'k is 0'), (dict(temperature=0.), 'temperature is 0'),
+    (dict(k=51), 'k is 51, but must be from 1 to 50'), (dict(k=0), 'k is 0'),
+    (dict(temperature=0.), 'temperature is 0'),
     (dict(train_y=torch.zeros(49).long()), r'labels of 50 references .* shape \(50,\)'),
     (dict(train_y=torch.zeros(50)), 'float32'), (dict(test_y=torch.zeros(3).long()), r'labels of 9 queries'),
     (dict(test_x=torch.zeros(9, 3)), r'\(50, 4\) and \(9, 3\)'),
@@ -236,7 +239,8 @@ def test_folders(tmp_path):
     images, labels, names = labelled_images(str(tmp_path))
     assert (labels.tolist(), names) == ([0, 0, 1], ['a', 'b'])
     assert [int(255*x) for x in torch.cat(list(in_order(images, 16)))[:, 0, 0, 0]] == [1, 2, 0]
-    with pytest.raises(BadInput, match='classes that are not among the names: b'): labelled_images(str(tmp_path), ['a', 'c'])
+    with pytest.raises(BadInput, match='classes that are not among the names: b'):
+        labelled_images(str(tmp_path), ['a', 'c'])
     with pytest.raises(BadInput, match='has no labels'): labelled_images(str(tmp_path/'b'))
     (tmp_path/'a'/'2.png').write_bytes(b'broken')
     with pytest.raises(BadInput, match=r'2\.png .*remove it'): list(in_order(images, 16))

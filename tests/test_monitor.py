@@ -19,8 +19,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 
 def recipe_at(home, **fields):
-    return Recipe(images=small_images(home/'images', 8), teachers=('zoo:u2netp#64',), out=str(home/'run'), depth=1, size=64,
-                  head_width=32, batch_size=4, statistics_steps=2, device='cpu', trackers=('tensorboard',), **fields)
+    return Recipe(images=small_images(home/'images', 8), teachers=('zoo:u2netp#64',), out=str(home/'run'), depth=1,
+                  size=64, head_width=32, batch_size=4, statistics_steps=2, device='cpu', trackers=('tensorboard',),
+                  **fields)
 
 
 def scalars(out, tag):

@@ -9,7 +9,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-BOOK = [ROOT/'nbs'/line.split('- ')[1] for line in (ROOT/'nbs'/'sidebar.yml').read_text().splitlines() if '.ipynb' in line][1:]
+SIDEBAR = (ROOT/'nbs'/'sidebar.yml').read_text().splitlines()
+BOOK = [ROOT/'nbs'/line.split('- ')[1] for line in SIDEBAR if '.ipynb' in line][1:]
 CHAPTERS = [path for path in BOOK if path.parent.name != 'tutorials']
 PARTS = list(dict.fromkeys(path.parent.name for path in CHAPTERS))
 
@@ -33,7 +34,8 @@ ORDER = [name for name in map(module, CHAPTERS) if name]
 def imported(name):
     "The modules of the package that a module imports, and whether it does so when it is loaded, or in a function."
     tree = ast.parse(file(name).read_text())
-    late = {id(node) for outer in ast.walk(tree) if isinstance(outer, (ast.FunctionDef, ast.If)) for node in ast.walk(outer)}
+    late = {id(node) for outer in ast.walk(tree) if isinstance(outer, (ast.FunctionDef, ast.If))
+            for node in ast.walk(outer)}
     for node in ast.walk(tree):
         if not isinstance(node, ast.ImportFrom): continue
         if node.level: other = '.'.join([*name.split('.')[:2 - node.level], node.module or ''])
@@ -103,8 +105,10 @@ def fresh(code): return subprocess.run([sys.executable, '-c', code], capture_out
 
 
 def test_the_package_needs_neither_nbdev_nor_extras():
-    extras = {'nbdev', 'fastcore', 'execnb', 'jupyterlab', 'ipywidgets', 'skimage', 'sklearn', 'foolbox', 'torchmetrics', 'pytest'}
-    done = fresh(f'import radio_nb.front.cli, radio_nb.front.evaluate, radio_nb.front.run, sys; print({extras} & set(sys.modules))')
+    extras = {'nbdev', 'fastcore', 'execnb', 'jupyterlab', 'ipywidgets',
+              'skimage', 'sklearn', 'foolbox', 'torchmetrics', 'pytest'}
+    done = fresh('import radio_nb.front.cli, radio_nb.front.evaluate, radio_nb.front.run, sys; '
+                 f'print({extras} & set(sys.modules))')
     assert done.stdout.strip() == 'set()', done.stdout + done.stderr
 
 
@@ -115,7 +119,8 @@ def test_importing_the_package_or_its_command_loads_nothing_heavy():
 
 
 def test_a_student_needs_neither_open_clip_nor_datasets_nor_plotly():
-    done = fresh('from radio_nb import Student; import sys; print([m for m in ("open_clip", "datasets", "plotly") if m in sys.modules])')
+    done = fresh('from radio_nb import Student; import sys; '
+                 'print([m for m in ("open_clip", "datasets", "plotly") if m in sys.modules])')
     assert done.stdout.strip() == '[]', done.stdout + done.stderr
 
 
@@ -125,13 +130,15 @@ def test_figures_need_no_torch():
 
 
 def test_what_the_package_itself_offers_is_there_and_nothing_else():
-    code = "import radio_nb; print(all(callable(getattr(radio_nb, n)) for n in radio_nb.__all__), hasattr(radio_nb, 'distil'))"
+    code = ('import radio_nb; '
+            'print(all(callable(getattr(radio_nb, n)) for n in radio_nb.__all__), hasattr(radio_nb, "distil"))')
     assert fresh(code).stdout.split() == ['True', 'False']
 
 
 @pytest.mark.parametrize('command', [['-m', 'radio_nb'], ['-c', 'from radio_nb.front.cli import main; main()']])
 def test_the_command_says_its_version_and_its_flags(command):
-    assert subprocess.run([sys.executable, *command, '--version'], capture_output=True, text=True).stdout == 'radio-nb 0.1.0\n'
+    version = subprocess.run([sys.executable, *command, '--version'], capture_output=True, text=True).stdout
+    assert version == 'radio-nb 0.1.0\n'
     assert 'distill' in subprocess.run([sys.executable, *command, '--help'], capture_output=True, text=True).stdout
 
 
@@ -140,7 +147,8 @@ def test_timm_and_open_clip_can_be_imported_after_it():
 
 
 def test_the_readme_is_the_index():
-    assert subprocess.run([sys.executable, ROOT/'.ci'/'readme.py', '--check']).returncode == 0, 'run python .ci/readme.py'
+    done = subprocess.run([sys.executable, ROOT/'.ci'/'readme.py', '--check'])
+    assert done.returncode == 0, 'run python .ci/readme.py'
 
 
 def test_the_site_configuration_is_where_nbdev_looks():
@@ -152,11 +160,13 @@ def test_a_wheel_can_be_built_from_the_sdist(tmp_path):
     import tarfile
     copy = tmp_path/'source'
     subprocess.run(['git', 'clone', '-q', ROOT, copy], check=True)
-    done = subprocess.run([sys.executable, 'setup.py', '-q', 'sdist', '-d', tmp_path], cwd=copy, capture_output=True, text=True)
+    command = [sys.executable, 'setup.py', '-q', 'sdist', '-d', tmp_path]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     with tarfile.open(next(tmp_path.glob('*.tar.gz'))) as archive: archive.extractall(tmp_path/'sdist', filter='data')
     home = next((tmp_path/'sdist').iterdir())
-    done = subprocess.run([sys.executable, 'setup.py', '-q', 'bdist_wheel', '-d', tmp_path], cwd=home, capture_output=True, text=True)
+    command = [sys.executable, 'setup.py', '-q', 'bdist_wheel', '-d', tmp_path]
+    done = subprocess.run(command, cwd=home, capture_output=True, text=True)
     assert done.returncode == 0 and list(tmp_path.glob('*.whl')), done.stderr
 
 
@@ -164,7 +174,8 @@ def test_the_wheel_holds_modules_and_weights_and_its_metadata_the_extras(tmp_pat
     from zipfile import ZipFile
     copy = tmp_path/'source'
     subprocess.run(['git', 'clone', '-q', ROOT, copy], check=True)
-    done = subprocess.run([sys.executable, 'setup.py', '-q', 'bdist_wheel', '-d', tmp_path], cwd=copy, capture_output=True, text=True)
+    command = [sys.executable, 'setup.py', '-q', 'bdist_wheel', '-d', tmp_path]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     wheel = ZipFile(next(tmp_path.glob('*.whl')))
     names = wheel.namelist()
@@ -174,11 +185,13 @@ def test_the_wheel_holds_modules_and_weights_and_its_metadata_the_extras(tmp_pat
     required = [line for line in metadata.splitlines() if line.startswith('Requires-Dist') and 'extra ==' not in line]
     assert not any(name in line for line in required for name in ('nbdev', 'fastcore', 'jupyterlab', 'scikit'))
     assert all(f'Provides-Extra: {extra}' in metadata for extra in ('zoo', 'notebooks', 'dev'))
-    assert 'radio-nb = radio_nb.front.cli:main' in next(wheel.read(name).decode() for name in names if name.endswith('entry_points.txt'))
+    entry_points = next(wheel.read(name).decode() for name in names if name.endswith('entry_points.txt'))
+    assert 'radio-nb = radio_nb.front.cli:main' in entry_points
 
 
 def test_nothing_leaves_the_repository():
     "No chapter reads what lies outside it, except in cells that are run by hand."
     for path in CHAPTERS:
         for source, cell in cells(path):
-            if cell['cell_type'] == 'code' and 'RADIO_NB_SHARED' in source: assert '#| slow' in source, f'{path.name}: {source[:80]}'
+            if cell['cell_type'] == 'code' and 'RADIO_NB_SHARED' in source:
+                assert '#| slow' in source, f'{path.name}: {source[:80]}'

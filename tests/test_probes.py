@@ -209,7 +209,8 @@ def test_masks_keep_their_numbers_and_images_their_place(tmp_path):
     batches = list(segmentation_images(file, batch_size=2))
     assert [len(images) for images, _ in batches] == [2, 1]
     images, masks = batches[0]
-    assert images.shape == (2, 3, 64, 96) and masks.shape == (2, 64, 96) and masks.dtype == torch.uint8   # 48 lies halfway
+    assert images.shape == (2, 3, 64, 96) and masks.shape == (2, 64, 96)   # 48 lies halfway
+    assert masks.dtype == torch.uint8
     assert_close(images.max(), torch.tensor(1.)) and set(masks[0].unique().tolist()) == {0, 4}
     assert ((images[0, 0] > .5) == (masks[0] == 4)).float().mean() > .98
     assert next(segmentation_images(file, 32))[0].shape == (3, 3, 32, 32)
@@ -226,7 +227,8 @@ def test_columns_without_metadata_are_pictures_too(tmp_path):
     ({'image': png(ramp, 'RGB'), 'mask': png(ramp, 'RGB')},
      'the mask in row 0 of .* has the mode RGB: a mask is an 8-bit picture'),
     ({'image': png(ramp, 'RGB'), 'mask': None}, 'the mask in row 0 of .* is missing'),
-    ({'image': png(ramp, 'RGB'), 'mask': {'bytes': b'no picture', 'path': None}}, 'the mask in row 0 of .* cannot be read'),
+    ({'image': png(ramp, 'RGB'), 'mask': {'bytes': b'no picture', 'path': None}},
+     'the mask in row 0 of .* cannot be read'),
     ({'image': {'bytes': b'no picture', 'path': None}, 'mask': png(ramp)},
      'the image in row 0 of .* cannot be identified as an image'),
     ({'image': png(ramp, 'RGB'), 'mask': png(ramp.T.copy())},

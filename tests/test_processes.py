@@ -21,12 +21,13 @@ from radio_nb.models.student import Student
 
 STEPS = 20
 # so many statistics that the covariance has full rank: the principal directions of no variance are anyone's choice
-PLAIN = Recipe(images='', teachers=('zoo:u2netp#64',), out='', depth=2, size=64, head_width=32, steps=STEPS, batch_size=8,
-               statistics_steps=30, checkpoint_every=10, device='cpu')
+PLAIN = Recipe(images='', teachers=('zoo:u2netp#64',), out='', depth=2, size=64, head_width=32, steps=STEPS,
+               batch_size=8, statistics_steps=30, checkpoint_every=10, device='cpu')
 TWO = ('zoo:u2netp#64', 'zoo:u2netp#96')
 MIXED = (Partition(.5, 64), Partition(.5, (64, 32), TWO[1:]))
 CASES = {'plain': {}, 'streamed': {'images': 'stream'},
-         'parts': {'teachers': TWO, 'stages': (Stage(STEPS, partitions=MIXED),), 'accumulate': 2, 'views': 3, 'cache': 'cache', 'ema': .9},
+         'parts': {'teachers': TWO, 'stages': (Stage(STEPS, partitions=MIXED),), 'accumulate': 2, 'views': 3,
+                   'cache': 'cache', 'ema': .9},
          'information': {'information': (10., 1.), 'information_steps': 5}}
 
 
@@ -72,7 +73,8 @@ def weights(out, what='weights'): return load_checkpoint(out/'checkpoints')['tra
 def weights_apart(one, two):
     "The largest difference that a student's answer could show."
     gaps = differences(one, two)
-    # what is added to all keys of a query changes no attention: the bias of the keys moves by rounding alone, which Adam enlarges
+    # what is added to all keys of a query changes no attention:
+    # the bias of the keys moves by rounding alone, which Adam enlarges
     for key in [key for key in gaps if key.endswith('qkv.bias')]:
         queries, _, values = (one[key] - two[key]).abs().chunk(3)
         gaps[key] = max(queries.max().item(), values.max().item())
@@ -124,7 +126,8 @@ def stop(children, out, lines):
 def sharded(home):
     "The folders of a run in two processes, each with all weights (DDP) and with half of them (FSDP)."
     out = {shard: home/f'shard-{shard}' for shard in (False, True)}
-    runs = [Children(2, folder, train, replace(recipe_of('plain', home, folder), shard=shard)) for shard, folder in out.items()]
+    runs = [Children(2, folder, train, replace(recipe_of('plain', home, folder), shard=shard))
+            for shard, folder in out.items()]
     for children in runs: children.wait()
     return out
 
@@ -142,7 +145,8 @@ def test_a_checkpoint_of_shared_out_weights_is_whole(sharded):
     own = {key[len('student.'):]: tensor for key, tensor in state.items() if key.startswith('student.')}
     exported = Student.from_pretrained(sharded[True]).state_dict()
     same = [key for key in own if key.startswith('backbone.')]
-    assert same and all(torch.equal(own[key], exported[key]) for key in same)   # heads are folded, the backbone is as it was
+    # heads are folded, the backbone is as it was
+    assert same and all(torch.equal(own[key], exported[key]) for key in same)
 
 
 @pytest.mark.parametrize('again', [2, 1])
@@ -164,7 +168,8 @@ def launch(n, *args):
 
 
 def test_two_processes_stop_together_and_go_on_as_one(tmp_path):
-    flags = [*SMALL, '--statistics-steps', '40', '--steps', str(STEPS), '--checkpoint-every', '10', '--device', 'cpu', '--depth', '2']
+    flags = [*SMALL, '--statistics-steps', '40', '--steps', str(STEPS), '--checkpoint-every', '10', '--device', 'cpu',
+             '--depth', '2']
     process = launch(2, 'distill', *flags, '--out', tmp_path/'run')
     wait_for(tmp_path/'run'/'metrics.jsonl')
     process.send_signal(signal.SIGTERM)

@@ -75,7 +75,8 @@ def staged(tmp_path_factory):
 def test_stages_of_three_sizes_in_one_batch_run_from_a_file(staged):
     recipe, out, printed = staged
     table = [line.split() for line in printed.splitlines() if line.startswith('zoo:u2netp')]
-    assert {row[0] for row in table} == set(recipe.teachers) and len(table) == 4   # two teachers, new crops and new images
+    assert {row[0] for row in table} == set(recipe.teachers)
+    assert len(table) == 4   # two teachers, new crops and new images
     assert 'The report is' in printed and (out/'report.html').stat().st_size > 10_000
     lines = [json.loads(line) for line in (out/'metrics.jsonl').open()]
     assert [list(line['teachers']) for line in lines] == [['zoo:u2netp#64']]*2 + [list(recipe.teachers)]*4
@@ -182,7 +183,8 @@ def test_a_teacher_that_changes_its_width_within_a_run_is_named():
     recipe = Recipe('zoo:photos', ('fickle',), '', steps=5, batch_size=2, size=32)
     loss = MultiTeacherLoss('phi-s', {'fickle': 1.}, {'fickle': 1.})
     trainer = Trainer(DistillStep(Few(3), loss), recipe, torch.device('cpu'))
-    plan, normalizer = StagePlan(0, 5, (part,), (0, 5), ('fickle',)), Normalizer(torch.zeros(3), torch.eye(3), torch.eye(3))
+    plan = StagePlan(0, 5, (part,), (0, 5), ('fickle',))
+    normalizer = Normalizer(torch.zeros(3), torch.eye(3), torch.eye(3))
     trainer.start_stage(plan, [Source(part, None, {'fickle': fickle})], {'fickle': normalizer})
     batch = Batch(torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8), {}, torch.tensor([-1, -1]))
     for _ in range(2): trainer(batch)

@@ -260,4 +260,5 @@ def test_it_exports(name, options):
 def test_a_student_is_loaded_without_what_only_training_and_reports_need():
     script = ('import sys; from radio_nb.models.student import Student; '
               'print({"open_clip", "datasets", "plotly", "radio_nb.cifd"} & sys.modules.keys())')
-    assert subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True).stdout == 'set()\n'
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True)
+    assert done.stdout == 'set()\n'

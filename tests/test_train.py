@@ -39,7 +39,8 @@ def same_weights(a, b):
     return all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize('moment', ['statistics.safetensors', 'metrics.jsonl', 'checkpoints/00000002.pt', 'checkpoints/00000004.pt'])
+@pytest.mark.parametrize('moment', ['statistics.safetensors', 'metrics.jsonl',
+                                    'checkpoints/00000002.pt', 'checkpoints/00000004.pt'])
 def test_a_killed_run_goes_on_to_the_same_student(run, tmp_path, capsys, moment):
     out = tmp_path/'run'
     process = start('distill', *SMALL, '--out', out)
@@ -81,7 +82,8 @@ def test_a_damaged_checkpoint_is_passed_over(run, tmp_path, capsys):
 def test_a_teacher_that_gives_nan_is_named_before_the_statistics_are_spoilt():
     mad = Features(torch.zeros(2, 2), torch.full((2, 2, 2, 2), float('nan')))
     sane = Features(torch.ones(2, 2), torch.rand(2, 2, 2, 2))
-    with pytest.raises(NonFinite, match='teacher mad .*NaN or infinity in 8 of 8 vectors'): measure([{'sane': sane, 'mad': mad}])
+    with pytest.raises(NonFinite, match='teacher mad .*NaN or infinity in 8 of 8 vectors'):
+        measure([{'sane': sane, 'mad': mad}])
 
 
 def test_a_loss_that_is_not_finite_names_the_teacher():

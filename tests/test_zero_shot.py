@@ -1,4 +1,4 @@
-"What a chapter cannot show of zero-shot classification: invariances over random inputs, the cache, and what is refused."
+"What a chapter cannot show of zero-shot classification: invariances on random inputs, the cache, and what is refused."
 import os
 
 import pytest
@@ -21,7 +21,8 @@ def clip_file(tmp_path_factory):
     "A file with a whole CLIP of random weights."
     path = tmp_path_factory.mktemp('clip')/'clip.safetensors'
     torch.manual_seed(0)
-    save_file({name: tensor.clone() for name, tensor in zero_shot.open_clip.create_model(ARCH).state_dict().items()}, path)
+    weights = zero_shot.open_clip.create_model(ARCH).state_dict()
+    save_file({name: tensor.clone() for name, tensor in weights.items()}, path)
     return path
 
 

@@ -112,7 +112,8 @@ class Match:
 
     def result(self)->dict[str, float]:
         """The measures: `explained`, `mse` per channel and `cosine` of the grid, `summary_cosine`, and `error_range`;
-        with a normalizer `error_range_normalized`; of a thorough match `cka`, `rankme` and `rankme_teacher` of the grid."""
+        with a normalizer `error_range_normalized`;
+        of a thorough match `cka`, `rankme` and `rankme_teacher` of the grid."""
         if not self.positions: raise BadInput('no images were compared')
         total = self.squares - (self.sum.square().sum()/self.positions).item()   # sum of squares about the mean
         found = {'explained': 1 - self.squared_error/total, 'mse': self.squared_error/(self.positions*len(self.sum)),

@@ -74,7 +74,8 @@ def hide_other_bars():
 def distill_command(
     recipe:tyro.conf.OmitArgPrefixes[Recipe],
     preset:tyro.conf.Positional[Literal['demo', '']]='',  # demo: packaged teachers and photographs, offline, in minutes
-    file:Annotated[Path|None, tyro.conf.arg(name='recipe')]=None,  # a TOML file with fields of the recipe; flags win over it
+    # a TOML file with fields of the recipe; flags win over it
+    file:Annotated[Path|None, tyro.conf.arg(name='recipe')]=None,
     resume:bool=False,  # go on with an unfinished run in the same folder
 ):
     "Distil teachers into one student."
@@ -99,7 +100,8 @@ def print_result(run:'Run', begun:float=0.): # begun: when, to say how long it t
     table, report = str(run), run.report()
     print(table)
     if run.skipped:
-        print(f'\n{len(run.skipped)} images were skipped; {next(iter(run.skipped))}: {next(iter(run.skipped.values()))}')
+        image, reason = next(iter(run.skipped.items()))
+        print(f'\n{len(run.skipped)} images were skipped; {image}: {reason}')
         if len(run.skipped) > 1: print(f'All of them are in {run.out/"skipped.json"} and in the report.')
     took = f'This took {time.time() - begun:.0f} s. ' if begun else ''
     print(f'\n{took}The report is {report}, the student {run.out/"student.safetensors"}.')
@@ -119,7 +121,8 @@ def height_and_width(
 class Table:
     "What to evaluate by, and who is in the table."
     suite: tuple[Literal[tuple(SUITES)], ...] = ('match',)  # what to evaluate by, one or several
-    sizes: tuple[str, ...] = ()  # for match: of the student's images, such as 160 224 160x288; none for that of its last stage
+    # for match: of the student's images, such as 160 224 160x288; none for that of its last stage
+    sizes: tuple[str, ...] = ()
     also: tuple[str, ...] = ()   # other models to compare with, such as timm:NAME, with weights as for teachers
     teachers_too: bool = False   # whether the run's own teachers are compared, too
 
@@ -161,7 +164,8 @@ def comparison_table(compared:'Comparison')->tuple[list[str], list[list[str]]]:
     methods = list(dict.fromkeys(who for cells in compared.table.values() for who in cells))
     rows = [[row, *(str(cells.get(who, '–')) for who in methods)] for row, cells in compared.table.items()]
     def name(suite): return 'average rank' if suite == 'all' else f'average rank, {suite}'
-    rows += [[name(suite), *(f'{by_method[who]:.2f}' for who in methods)] for suite, by_method in compared.ranks.items()]
+    rows += [[name(suite), *(f'{by_method[who]:.2f}' for who in methods)]
+             for suite, by_method in compared.ranks.items()]
     return ['measure', *methods], rows
 
 def write_comparison(compared:'Comparison', file:Path):
@@ -180,11 +184,14 @@ def compare_command(
 ):
     "Put evaluated runs side by side: measures, their spread over seeds, average ranks."
     if not runs: raise BadInput('say which runs to compare: radio-nb compare RUN RUN')
-    if out and out.suffix not in ('.json', '.html'): raise BadInput(f'--out {out}: a comparison is written as .json or .html')
+    if out and out.suffix not in ('.json', '.html'):
+        raise BadInput(f'--out {out}: a comparison is written as .json or .html')
     from radio_nb.front.evaluate import compare_folders
     from radio_nb.front.run_match import text_table
     compared = compare_folders(list(runs))
-    if not compared.table: raise BadInput(f'there is nothing to compare: {"; ".join(compared.partial)} stopped half way; evaluate again')
+    if not compared.table:
+        partial = '; '.join(compared.partial)
+        raise BadInput(f'there is nothing to compare: {partial} stopped half way; evaluate again')
     names, rows = comparison_table(compared)
     print(text_table(names, rows, right=tuple(names[1:])))
     if not compared.ranks: print('\nNo average rank: no measure was taken of all of them on the same images.')
@@ -204,7 +211,8 @@ def _timm_facts(parsed):
     import torch
     from huggingface_hub import try_to_load_from_cache
     with torch.device('meta'): model = timm.create_model(parsed.name, num_classes=0)
-    return model.num_features, model.default_cfg['input_size'][-1], bool(try_to_load_from_cache(f'timm/{parsed.name}', 'model.safetensors'))
+    here = bool(try_to_load_from_cache(f'timm/{parsed.name}', 'model.safetensors'))
+    return model.num_features, model.default_cfg['input_size'][-1], here
 
 def _open_clip_facts(parsed):
     import open_clip
@@ -212,7 +220,8 @@ def _open_clip_facts(parsed):
     arch, _, tag = parsed.name.partition('/')
     config, repo = open_clip.get_model_config(arch), open_clip.get_pretrained_cfg(arch, tag)['hf_hub'].rstrip('/')
     files = [f'open_clip_{file}' for file in ('model.safetensors', 'pytorch_model.bin')]
-    return config['embed_dim'], config['vision_cfg']['image_size'], any(try_to_load_from_cache(repo, file) for file in files)
+    here = any(try_to_load_from_cache(repo, file) for file in files)
+    return config['embed_dim'], config['vision_cfg']['image_size'], here
 
 def teacher_row(spec:str)->list[str]:
     "A line of the list of teachers."
@@ -224,8 +233,8 @@ def teachers_command():
     "List teachers: width, image size, aim, licence, and whether the weights are on this machine."
     from radio_nb.front.run_match import text_table
     print(text_table(['teacher', 'width', 'size', 'aim', 'licence', 'here'], [teacher_row(spec) for spec in TEACHERS]))
-    print("\nAny other timm:NAME or open_clip:NAME/TAG works too; NAME@FILE takes weights from a file, NAME@random none, "
-          "and #192 behind it all shows the teacher its images at 192 pixels.")
+    print("\nAny other timm:NAME or open_clip:NAME/TAG works too; NAME@FILE takes weights from a file, "
+          "NAME@random none, and #192 behind it all shows the teacher its images at 192 pixels.")
 
 # %% ../../nbs/front/05_cli.ipynb #ab61de38
 def run_command(args:list[str]):

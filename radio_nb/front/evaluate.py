@@ -139,12 +139,14 @@ def evaluate(
     teachers = teacher_names(run.recipe.teachers)
     student = student_eval_model(run.student, run.size, teachers)
     if 'zero-shot' in suites and not student.texts:
-        raise BadInput('suite zero-shot: no teacher of this run matches images and texts; it needs one that is open_clip:NAME/TAG')
+        raise BadInput('suite zero-shot: no teacher of this run matches images and texts; '
+                       'it needs one that is open_clip:NAME/TAG')
     others = other_models(run, also, teachers_too)
     loaded = {name: model for name, (_, model) in others.items()}
     found = Evaluation({}, [], {})
     if 'match' in suites:
-        own = {name: loaded.get(name) or load_teacher(spec, name=name).to(run.device) for name, spec in teachers.items()}
+        own = {name: loaded.get(name) or load_teacher(spec, name=name).to(run.device)
+               for name, spec in teachers.items()}
         match, scores = match_at(run, own, loaded, data, sizes, stopped, found.skipped)
         found.match.update(match)
         found.scores.extend(scores)

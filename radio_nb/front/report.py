@@ -32,9 +32,10 @@ def match_in_words(
 )->str:
     "What the table says, for someone who has not read this book."
     seen = [m['explained'] for m in match['new crops']['student'].values()]
-    text = (f'The student learned from {n_train} images for {steps} steps. On new crops of those images it explains between '
-            f'{min(seen):.0%} and {max(seen):.0%} of the variance of its teachers\' features')
-    if 'new images' not in match: return text + '. No images were held out, so nothing is known of how it does on others.'
+    text = (f'The student learned from {n_train} images for {steps} steps. On new crops of those images it explains '
+            f'between {min(seen):.0%} and {max(seen):.0%} of the variance of its teachers\' features')
+    if 'new images' not in match:
+        return text + '. No images were held out, so nothing is known of how it does on others.'
     new = [m['explained'] for m in match['new images']['student'].values()]
     text += f', and on images it never saw between {min(new):.0%} and {max(new):.0%}. '
     if min(new) < .5*min(seen):
@@ -68,9 +69,10 @@ def monitor_blocks(lines:list[dict])->list[str]:
     blocks = ['<h2>Where the time went</h2>', html_table(['phase', 'time', 'share'], rows)]
     watched = [line for line in lines if line.get('gradient_norms')]
     if not watched: return blocks
-    return blocks + ['<h2>Gradient norms</h2>', '<p>The norm of the gradient of each teacher\'s loss on the weights of '
-                     'the backbone.</p>', html_table(['step', *watched[0]['gradient_norms']],
-                                                     [[line['step'], *line['gradient_norms'].values()] for line in watched])]
+    norms = [[line['step'], *line['gradient_norms'].values()] for line in watched]
+    return blocks + ['<h2>Gradient norms</h2>',
+                     '<p>The norm of the gradient of each teacher\'s loss on the weights of the backbone.</p>',
+                     html_table(['step', *watched[0]['gradient_norms']], norms)]
 
 # %% ../../nbs/front/02_report.ipynb #cf7ca58c
 def information_blocks(curves:dict, lines:list[dict])->list[str]:
@@ -81,14 +83,15 @@ def information_blocks(curves:dict, lines:list[dict])->list[str]:
     rates = dict.fromkeys(f'{p["rate"]:g}' for _, _, p in points)
     header = ['teacher', 'R', 'bits of a position', 'bits of a channel', 'error of a channel', 'bits if Gaussian']
     blocks = ['<h2>Rate and distortion</h2>',
-              '<p>Each module writes a teacher\'s features of a position down in some bits, and reads them back with an error, '
-              'here for vectors that it was not trained on. Error 1 is that of the mean alone. The last column is what the best '
-              'code would need for that error if the features were Gaussian.</p>',
+              '<p>Each module writes a teacher\'s features of a position down in some bits, and reads them back with '
+              'an error, here for vectors that it was not trained on. Error 1 is that of the mean alone. The last '
+              'column is what the best code would need for that error if the features were Gaussian.</p>',
               html_table(header, rows), html_figure(rate_curves(curves))]
     for rate in rates:
         blocks += [f'<h2>Losses towards the modules with R = {rate}</h2>', html_figure(loss_curves(lines, f'R={rate}'))]
     if 'bits' in lines[0]:
-        blocks += ["<h2>Bits of the student's vectors</h2>", html_figure(plain_curve(lines, 'bits', 'bits of a vector'))]
+        blocks += ["<h2>Bits of the student's vectors</h2>",
+                   html_figure(plain_curve(lines, 'bits', 'bits of a vector'))]
     return blocks
 
 # %% ../../nbs/front/02_report.ipynb #834258c7
@@ -112,10 +115,10 @@ def refresh_report(out:Path):
     atomic_write(report, before.removesuffix('</html>') + evaluation_block(out) + after)
 
 # %% ../../nbs/front/02_report.ipynb #884bfd89
-EXPLANATION = ('Explained is the share of the variance of a teacher\'s grid of features that the student predicts, in the '
-               'teacher\'s own space: 1 is perfect, and no constant gets above 0. Untrained is the same student before its '
-               'first step; constant is the mean of the training images. The cosines compare directions only, and are high '
-               'for a constant too where a teacher\'s features have a large mean.')
+EXPLANATION = ('Explained is the share of the variance of a teacher\'s grid of features that the student predicts, '
+               'in the teacher\'s own space: 1 is perfect, and no constant gets above 0. Untrained is the same student '
+               'before its first step; constant is the mean of the training images. The cosines compare directions '
+               'only, and are high for a constant too where a teacher\'s features have a large mean.')
 
 def write_report(recipe:Recipe, ready:Prepared, out:Path, match:dict)->Path:
     "Write `report.html`: table, loss curves, maps, skipped images, recipe."
@@ -131,8 +134,8 @@ def write_report(recipe:Recipe, ready:Prepared, out:Path, match:dict)->Path:
     if recipe.information: blocks += information_blocks(json.loads((out/'information.json').read_text()), lines)
     blocks += monitor_blocks(lines)
     blocks += [f'<h2>Features of {"images held out" if recipe.hold_out else "training images"}</h2>',
-               '<p>The three directions in which a teacher\'s features vary most, as red, green and blue; the student below in '
-               'the same colours.</p>',
+               '<p>The three directions in which a teacher\'s features vary most, as red, green and blue; '
+               'the student below in the same colours.</p>',
                html_image(feature_maps(student, ready, shown_images(recipe, ready)), f'From top to bottom: {caption}.'),
                evaluation_block(out), f'<h2>Skipped images</h2><p>{len(skipped)} images could not be used.</p>']
     if skipped: blocks.append(html_table(['image', 'why'], list(skipped.items())))

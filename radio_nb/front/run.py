@@ -49,8 +49,8 @@ def _pair(name, model, size):
         except (TypeError, ValueError): summary = spatial = None
         if isinstance(summary, Tensor) and isinstance(spatial, Tensor) and (summary.ndim, spatial.ndim) == (2, 4):
             return Features(summary, spatial)
-        raise BadInput(f'teacher {name} must give a summary (B, C) and a grid (B, H, W, D) of images (B, 3, {size}, {size}); '
-                       f'it gave {type(found).__name__}')
+        raise BadInput(f'teacher {name} must give a summary (B, C) and a grid (B, H, W, D) of images '
+                       f'(B, 3, {size}, {size}); it gave {type(found).__name__}')
     return features
 
 def as_teacher(
@@ -60,7 +60,8 @@ def as_teacher(
 )->Teacher:
     "Any network or function as a teacher. Raises `BadInput` for what is neither, or gives something else."
     if isinstance(model, Teacher): return model
-    if not callable(model): raise BadInput(f'teacher {name} is a {type(model).__name__}: give a spec, a network or a function')
+    if not callable(model):
+        raise BadInput(f'teacher {name} is a {type(model).__name__}: give a spec, a network or a function')
     cfg = getattr(model, 'default_cfg', None)
     if hasattr(model, 'forward_features') and cfg:
         return Teacher(name, model, timm_features(model), cfg['input_size'][-1], cfg['mean'], cfg['std'])
@@ -80,12 +81,14 @@ def named_teachers(
     else: pairs = [('', teacher) for teacher in teachers]
     specs, objects = [], {}
     for name, teacher in pairs:
-        if isinstance(teacher, Path): raise BadInput(f'{teacher} is a file: say which network it is for, as timm:NAME@{teacher}')
+        if isinstance(teacher, Path):
+            raise BadInput(f'{teacher} is a file: say which network it is for, as timm:NAME@{teacher}')
         if isinstance(teacher, str): specs.append(teacher)
         else:
             name = name or getattr(teacher, 'name', '') or getattr(teacher, '__name__', '') or type(teacher).__name__
             name = name.replace(':', '-').replace('@', '-')
-            if name in objects: raise BadInput(f'two teachers are called {name}: give a dictionary with names of your own')
+            if name in objects:
+                raise BadInput(f'two teachers are called {name}: give a dictionary with names of your own')
             objects[name] = as_teacher(teacher, name, size)
             specs.append(f'python:{name}')
     return tuple(specs), objects
@@ -102,13 +105,14 @@ def _as_picture(image):
     return Image.fromarray(image)
 
 def as_dataset(
-    images:Dataset|IterableDataset|Sequence, # with a column of images; pictures, arrays (H, W, 3), tensors (3, H, W), paths
+    images:Dataset|IterableDataset|Sequence, # a column of images; pictures, arrays (H, W, 3), tensors (3, H, W), paths
 )->Dataset|IterableDataset:                  # one column `image`, undecoded
     "Images of any kind as `open_images` gives them. Raises `BadInput`."
     if isinstance(images, (Dataset, IterableDataset)): return only_images(images, 'the data set')
     pictures = [_as_picture(image) for image in images]
     if not pictures: raise BadInput('images: the sequence is empty')
-    try: return Dataset.from_dict({'image': pictures}, Columns({'image': ImageColumn()})).cast_column('image', UNDECODED['image'])
+    columns = Columns({'image': ImageColumn()})
+    try: return Dataset.from_dict({'image': pictures}, columns).cast_column('image', UNDECODED['image'])
     except Exception as e:
         kinds = ', '.join(sorted({type(image).__name__ for image in images}))
         raise BadInput(f'images: a sequence of {kinds} cannot be used; give pictures, arrays, tensors or paths') from e
@@ -121,7 +125,8 @@ class Run:
         inputs:Inputs=NOTHING,   # the objects behind the names `python:…` in its recipe, and its images
     ):
         self.out, self.inputs = Path(folder), inputs
-        if not finished(self.out): raise BadInput(f'{folder} holds no finished run: there is no student.safetensors in it')
+        if not finished(self.out):
+            raise BadInput(f'{folder} holds no finished run: there is no student.safetensors in it')
         self.recipe = Recipe(**read_recipe(self.out/'recipe.toml'))
 
     @cached_property
@@ -208,7 +213,7 @@ def distill(
     images:Any=None,                    # a source, a data set or a sequence of images, see `as_dataset`
     teachers:Any=None,                  # specs, networks or functions, see `named_teachers`
     out:str|Path|None=None,             # folder of the run; runs/run-1 and so on by default
-    crop:Callable=random_crop,          # augmentation: from an image, a size and a numpy generator to a uint8 tensor (3, H, W)
+    crop:Callable=random_crop,          # augmentation: image, size and numpy generator to a uint8 tensor (3, H, W)
     resume:bool=False,                  # go on with an unfinished run in the same folder
     on_step:Callable=ignore,            # called with the `TrainingRun` after every step; may call its `stop()`
     on_checkpoint:Callable=ignore,      # after every checkpoint
@@ -217,8 +222,9 @@ def distill(
     **settings,                         # other fields of `Recipe`, such as steps, student and size
 )->Run:
     "Distil teachers into one student. Raises `BadInput` for what cannot work, `Stopped` when a signal asked for it."
+    known = [field.name for field in fields(Recipe)]
     for name in settings:
-        if name not in (known := [field.name for field in fields(Recipe)]): raise unknown('field of a recipe', name, known)
+        if name not in known: raise unknown('field of a recipe', name, known)
     values = {field.name: getattr(recipe, field.name) for field in fields(Recipe)} if isinstance(recipe, Recipe) else \
         read_recipe(Path(recipe)) if recipe else {}
     values |= settings
@@ -228,7 +234,8 @@ def distill(
     elif images is not None: values['images'], dataset = 'python:images', as_dataset(images)
     if out is not None: values['out'] = str(out)
     for name in ('images', 'teachers'):
-        if not values.get(name): raise BadInput(f'{name}: say which, for example images="zoo:photos", teachers=["zoo:u2netp"]')
+        if not values.get(name):
+            raise BadInput(f'{name}: say which, for example images="zoo:photos", teachers=["zoo:u2netp"]')
     values.setdefault('out', free_folder())
     recipe, inputs = Recipe(**values), Inputs(dataset, objects, crop)
     if finished(Path(recipe.out)): return opened(recipe, inputs)
@@ -246,5 +253,6 @@ def opened(recipe:Recipe, inputs:Inputs=NOTHING)->Run:
     "The finished run in the folder of a recipe. Raises `BadInput` where it is that of another recipe."
     run = Run(recipe.out, inputs)
     differs = difference(recipe, run.recipe)
-    if differs: raise BadInput(f'{recipe.out} holds a finished run with another recipe ({differs}): choose another --out')
+    if differs:
+        raise BadInput(f'{recipe.out} holds a finished run with another recipe ({differs}): choose another --out')
     return run

@@ -65,7 +65,8 @@ def match_on_crops(
             left = n - i*batch_size
             yield batch.images[:left].to(ready.device)/255
             progress(i + 1)
-    return teacher_match({who: at_size(student, ready.size) for who, student in students.items()}, ready.teachers, batches())
+    resized = {who: at_size(student, ready.size) for who, student in students.items()}
+    return teacher_match(resized, ready.teachers, batches())
 
 # %% ../../nbs/front/01_run_match.ipynb #31a21adf
 def compared_students(recipe:Recipe, ready:Prepared, out:Path)->dict:

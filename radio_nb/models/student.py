@@ -47,6 +47,15 @@ class Head(nn.Sequential):
         head[-1] = normalizer.fold_into(self[-1])
         return head
 
+# %% ../../nbs/models/07_student.ipynb #c0f19a2e
+def _known_config(path, cls):
+    "The configuration of a saved student. Raises `BadInput` where `cls` does not know all of it."
+    config = json.loads(path.read_text())
+    strange = sorted(config.keys() - inspect.signature(cls).parameters.keys())
+    if not strange: return config
+    raise BadInput(f'{path} is from another version of radio_nb, this one does not know {", ".join(strange)}: '
+                   'distil the student again')
+
 # %% ../../nbs/models/07_student.ipynb #fd197927
 class Student(nn.Module):
     "A backbone with two heads for each teacher: images to every teacher's features."
@@ -105,12 +114,7 @@ class Student(nn.Module):
         "Load a student without its teachers or any other weights. Raises `BadInput` if it cannot."
         path = Path(folder)/'config.json'
         if not path.is_file(): raise BadInput(f'{folder} holds no student: there is no config.json in it')
-        config = json.loads(path.read_text())
-        strange = sorted(config.keys() - inspect.signature(cls).parameters.keys())
-        if strange:
-            raise BadInput(f'{path} is from another version of radio_nb, this one does not know {", ".join(strange)}: '
-                           'distil the student again')
-        student = cls(**config)
+        student = cls(**_known_config(path, cls))
         student.load_state_dict(load_file(Path(folder)/'student.safetensors'))
         return student.eval()
 

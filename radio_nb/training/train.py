@@ -237,7 +237,8 @@ def run_recipe(
         out.mkdir(parents=True, exist_ok=True)
         atomic_write(out/'recipe.toml', recipe_toml(recipe))
     accelerator.wait_for_everyone()
-    if recipe.trackers: accelerator.init_trackers('radio_nb', {key: str(value) for key, value in asdict(recipe).items()})
+    if recipe.trackers:
+        accelerator.init_trackers('radio_nb', {key: str(value) for key, value in asdict(recipe).items()})
     run = TrainingRun(recipe, plan, ready, accelerator, out, callbacks)
     for stage in plan:
         if run.state and (run.state['ended'] or run.state['step'] >= stage.last): continue   # done before

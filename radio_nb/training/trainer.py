@@ -92,7 +92,8 @@ class DistillStep(nn.Module):
             outputs = self.student(images)
             if self.cifd is None: return self.loss(outputs, targets, scale=scale)
             kept = self.cifd.kept()
-            loss, parts = self.loss(outputs, targets, scale={name: scale[name]*kept[name]['teacher'] for name in targets})
+            teacher_scale = {name: scale[name]*kept[name]['teacher'] for name in targets}
+            loss, parts = self.loss(outputs, targets, scale=teacher_scale)
             more, others = self.cifd(outputs, targets, self.student.neck, kept, scale, part.share)
         return loss + more, {name: parts[name] | others[name] for name in parts}
 
@@ -175,7 +176,8 @@ class TrainState:
     def new_optimizer(self):
         "Begin with an optimizer that has no moments yet."
         recipe = self.recipe
-        self.optimizer = timm.optim.create_optimizer_v2(self.distill_step, recipe.optimizer, recipe.lr, recipe.weight_decay)
+        self.optimizer = timm.optim.create_optimizer_v2(
+            self.distill_step, recipe.optimizer, recipe.lr, recipe.weight_decay)
 
     def students(self)->list[Student]:
         "The student, and its average where there is one."
