@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from radio_nb.front.run import Run, distill
-    from radio_nb.models.student import Student
-    from radio_nb.models.teachers import load_teacher
-    from radio_nb.training.recipe import Recipe
+    from radio_nb.front.run import Run as Run
+    from radio_nb.front.run import distill as distill
+    from radio_nb.models.student import Student as Student
+    from radio_nb.models.teachers import load_teacher as load_teacher
+    from radio_nb.training.recipe import Recipe as Recipe
 
 _homes = {'distill': 'front.run', 'Run': 'front.run', 'Recipe': 'training.recipe', 'Student': 'models.student',
           'load_teacher': 'models.teachers'}

@@ -11,8 +11,8 @@ from conftest import SMALL, radio_nb
 from PIL import Image
 from safetensors.torch import save_file
 
-from radio_nb.front import cli
 from radio_nb.data.images import decode, open_images
+from radio_nb.front import cli
 from radio_nb.models.student import Student
 
 

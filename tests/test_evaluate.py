@@ -241,8 +241,8 @@ def test_memory_does_not_grow_with_the_images(mine, labelled, tmp_path):
             first = shutil.copy(labelled/'train'/f'class_{c}'/'0.png', folder/f'{c}'/'0.png')
             for i in range(1, n//4): os.link(first, folder/f'{c}'/f'{i}.png')
         args = ['evaluate', mine, '--suite', 'knn', '--train', folder, '--test', folder]
-        done = subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True, timeout=300,
-                              env={**os.environ, 'MALLOC_MMAP_THRESHOLD_': '131072'})
+        done = subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True,
+                              timeout=300, env={**os.environ, 'MALLOC_MMAP_THRESHOLD_': '131072'})
         assert done.returncode == 0, done.stderr
         peaks.append(float(done.stdout.rpartition('peak ')[2]))
     assert peaks[1] < 1.05*peaks[0], peaks

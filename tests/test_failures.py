@@ -13,9 +13,9 @@ from children import Children, command, small_images, train
 from test_kills import losses
 
 from radio_nb.front import cli
+from radio_nb.models.student import Student
 from radio_nb.training.recipe import Recipe
 from radio_nb.training.run_folder import load_checkpoint
-from radio_nb.models.student import Student
 from radio_nb.training.train import run_recipe
 
 

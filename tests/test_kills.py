@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from children import Children, other_teacher, small_images, train
 
-from radio_nb.training.recipe import Partition, Recipe, Stage
 from radio_nb.models.student import Student
+from radio_nb.training.recipe import Partition, Recipe, Stage
 
 KILLS, STEPS = 20, 13
 

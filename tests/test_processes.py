@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from test_train import wait_for
 
 from radio_nb.data.images import open_images
+from radio_nb.models.student import Student
 from radio_nb.training.recipe import Partition, Recipe, Stage
 from radio_nb.training.run_folder import load_checkpoint
-from radio_nb.models.student import Student
 
 STEPS = 20
 # so many statistics that the covariance has full rank: the principal directions of no variance are anyone's choice

@@ -18,7 +18,7 @@ from radio_nb.targets.normalizers import Normalizer
 from radio_nb.training.recipe import Partition, Recipe, Stage, read_recipe
 from radio_nb.training.stages import BatchPartition, StagePlan, plan_stages
 from radio_nb.training.statistics import Source, load_normalizers
-from radio_nb.training.train import new_distill_step, run_recipe
+from radio_nb.training.train import new_distill_step, new_student, run_recipe
 from radio_nb.training.trainer import DistillStep, Trainer
 
 TOML = '''
@@ -107,7 +107,7 @@ def test_new_statistics_leave_the_student_s_outputs(staged):
     "At the boundary of the run above, with the trainer's own step over it."
     recipe, out, _ = staged
     plan, widths = plan_stages(recipe, list(recipe.teachers)), Student.from_pretrained(out).config['teachers']
-    trainer = Trainer(new_distill_step(recipe, widths, out), recipe, torch.device('cpu'))
+    trainer = Trainer(new_distill_step(recipe, new_student(recipe, widths), out), recipe, torch.device('cpu'))
     trainer.load_state_dict(torch.load(out/'checkpoints'/'00000002.pt', weights_only=True)['trainer'])
     old, new = (load_normalizers(recipe, widths, out, at) for at in (1, 2))
     name, images = recipe.teachers[0], torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))

@@ -12,13 +12,13 @@ import torch
 from conftest import SMALL
 
 from radio_nb.front.cli import main
+from radio_nb.models.student import Student
 from radio_nb.targets.bad_input import BadInput
 from radio_nb.targets.features import Features
 from radio_nb.targets.moments import NonFinite
 from radio_nb.targets.normalizers import Normalizer
 from radio_nb.training.run_folder import load_checkpoint
 from radio_nb.training.statistics import measure
-from radio_nb.models.student import Student
 from radio_nb.training.trainer import check_losses, check_width
 
 

@@ -61,7 +61,8 @@ def expand(
 def check_names(recipe:Recipe):
     "Raise `BadInput` for teachers, a student or images that cannot be there."
     for spec in teacher_names(recipe.teachers).values(): check_spec(spec)
-    if ':' in recipe.student: check_spec(recipe.student)
+    check_spec(recipe.student if ':' in recipe.student else f'timm:{recipe.student}@random')
+    if recipe.stem: check_spec(recipe.stem)
     source = recipe.images.removeprefix('stream:')
     if not source.startswith(('hf:', 'zoo:')) and not Path(source).exists():
         raise BadInput(f'no such folder or file: {source} (a data set on a hub is written hf:name)')

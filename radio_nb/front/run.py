@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,12 @@ from .run_match import MATCH_HEADER, match_rows, match_run, text_table
 from .report import feature_maps, shown_images, write_report
 
 # %% ../../nbs/front/03_run.ipynb #6e7cc1ac
-class _Called(nn.Module):
+class _FunctionModule(nn.Module):
     "A function as a network without weights."
     def __init__(self, function): super().__init__(); self.function = function
     def forward(self, images): return self.function(images)
 
-def _pair(name, model, size):
+def _checked_features(name, model, size):
     "The features of a network that gives summary and grid; `BadInput` if it does not."
     def features(images):
         found = model(images)
@@ -65,8 +66,8 @@ def as_teacher(
     cfg = getattr(model, 'default_cfg', None)
     if hasattr(model, 'forward_features') and cfg:
         return Teacher(name, model, timm_features(model), cfg['input_size'][-1], cfg['mean'], cfg['std'])
-    network = model if isinstance(model, nn.Module) else _Called(model)
-    teacher = Teacher(name, network, _pair(name, network, size), size, (0., 0., 0.), (1., 1., 1.))
+    network = model if isinstance(model, nn.Module) else _FunctionModule(model)
+    teacher = Teacher(name, network, _checked_features(name, network, size), size, (0., 0., 0.), (1., 1., 1.))
     teacher.widths()   # one grey image, which tells whether it gives what it must
     return teacher
 
@@ -239,8 +240,8 @@ def distill(
     values.setdefault('out', free_folder())
     recipe, inputs = Recipe(**values), Inputs(dataset, objects, crop)
     if finished(Path(recipe.out)): return opened(recipe, inputs)
-    callbacks = Callbacks(_both(LiveCurves(), on_step) if (in_notebook() if live is None else live) else on_step,
-                          on_checkpoint, on_end)
+    if live is None: live = in_notebook() and find_spec('anywidget') is not None
+    callbacks = Callbacks(_both(LiveCurves(), on_step) if live else on_step, on_checkpoint, on_end)
     return Run(run_recipe(recipe, resume, inputs, callbacks), inputs)
 
 def _both(first, second):
@@ -252,6 +253,9 @@ def _both(first, second):
 def opened(recipe:Recipe, inputs:Inputs=NOTHING)->Run:
     "The finished run in the folder of a recipe. Raises `BadInput` where it is that of another recipe."
     run = Run(recipe.out, inputs)
+    if inputs != NOTHING:
+        raise BadInput(f'{recipe.out} holds a finished run, and whether it had the same objects is not known: '
+                       'open it with radio_nb.Run, or choose another out')
     differs = difference(recipe, run.recipe)
     if differs:
         raise BadInput(f'{recipe.out} holds a finished run with another recipe ({differs}): choose another --out')

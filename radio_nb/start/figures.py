@@ -39,7 +39,8 @@ def image_grid(
     "Images side by side under their titles; every pixel is a square that can be seen."
     columns = columns or len(images)
     rows = -(-len(images)//columns)
-    fig = make_subplots(rows, columns, subplot_titles=list(images), horizontal_spacing=.06/columns, vertical_spacing=.08)
+    spacing = dict(horizontal_spacing=.06/columns, vertical_spacing=.08)
+    fig = make_subplots(rows, columns, subplot_titles=list(images), **spacing)
     for i, image in enumerate(map(np.asarray, images.values())):
         if image.ndim == 2:
             image = np.interp(image, (image.min(), image.max()), (0, 1))[..., None].repeat(3, -1)

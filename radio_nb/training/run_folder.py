@@ -52,6 +52,7 @@ def check_folder(recipe:Recipe, resume:bool)->Path:
     if (out/'recipe.toml').exists():
         differs = difference(recipe, Recipe(**read_recipe(out/'recipe.toml')))
         if differs: raise BadInput(f'{out} holds a run with another recipe ({differs}): choose another --out')
+        if not resume and finished(out): raise BadInput(f'{out} holds a finished run: choose another --out')
         if not resume:
             raise BadInput(f'{out} holds an unfinished run: add --resume to go on with it, or choose another --out')
     elif out.exists() and any(path.suffix != '.part' for path in out.iterdir()):   # which a killed run may leave

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOTHING', 'SILENT', 'Inputs', 'Prepared', 'best_device', 'prepare', 'new_student', 'new_distill_step',
-           'export_student', 'number_of', 'check_images', 'ignore', 'Callbacks', 'TrainingRun', 'start_stage',
-           'watch_gradients', 'train_stage', 'run_recipe']
+           'export_student', 'number_of', 'check_images', 'check_sizes', 'ignore', 'Callbacks', 'TrainingRun',
+           'start_stage', 'watch_gradients', 'train_stage', 'run_recipe']
 
 # %% ../../nbs/training/08_train.ipynb #ae284f85
 import json
@@ -20,7 +20,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from torch import nn
 
 from ..targets.bad_input import BadInput
 from ..losses.multi_teacher import MultiTeacherLoss
@@ -96,11 +95,12 @@ def new_student(
         student.neck = TokenBottleneck(student.backbone.dim)
     return student
 
-def new_distill_step(recipe:Recipe, widths:dict[str, tuple[int, int]], out:Path)->DistillStep:
-    "The student of a recipe with its losses; what was measured of the teachers is read from the folder of the run."
-    loss = MultiTeacherLoss(recipe.method, *teacher_weights(recipe, list(widths)), recipe.balance)
-    cifd = load_cifd_loss(recipe, list(widths), out)
-    return DistillStep(new_student(recipe, widths), loss, cifd, recipe.precision == 'bfloat16')
+def new_distill_step(recipe:Recipe, student:Student, out:Path)->DistillStep:
+    "A student with its losses; what was measured of the teachers is read from the folder of the run."
+    names = list(student.config['teachers'])
+    loss = MultiTeacherLoss(recipe.method, *teacher_weights(recipe, names), recipe.balance)
+    cifd = load_cifd_loss(recipe, names, out)
+    return DistillStep(student, loss, cifd, recipe.precision == 'bfloat16')
 
 # %% ../../nbs/training/08_train.ipynb #2be0f709
 def export_student(recipe:Recipe, widths:dict[str, tuple[int, int]], state:dict, out:Path):
@@ -121,6 +121,19 @@ def check_images(recipe:Recipe, before:int|None, now:int|None):
     raise BadInput(f'{recipe.images} gave {before} images to learn from when the run began, and gives {now} now: '
                    'a run goes on with the images it began with')
 
+# %% ../../nbs/training/08_train.ipynb #cd5a1f01
+def check_sizes(recipe:Recipe, plan:tuple[StagePlan, ...], student:Student, processes:int):
+    "Raise `BadInput` for images that the student cannot see, and for batches that cannot be divided."
+    patch = student.backbone.patch
+    for part in (part for stage in plan for part in stage.parts):
+        if any(side % patch for side in part.size):
+            raise BadInput(f'a student with patches of {patch} cannot see {part.size[0]} × {part.size[1]} pixels: '
+                           f'make both sides a multiple of {patch}')
+        images = (part.span[1] - part.span[0])//processes
+        if images % recipe.accumulate:
+            raise BadInput(f'accumulate: {images} images of a process cannot be divided '
+                           f'into {recipe.accumulate} microbatches')
+
 # %% ../../nbs/training/08_train.ipynb #1c2c0cbc
 def ignore(run:'TrainingRun'): "A callback that does nothing."
 
@@ -140,6 +153,8 @@ class TrainingRun:
         self.recipe, self.ready, self.accelerator, self.out, self.callbacks = recipe, ready, accelerator, out, callbacks
         self.main, self.total = accelerator.is_main_process, plan[-1].last
         self.widths = {name: teacher.widths() for name, teacher in ready.teachers.items()}
+        self.student = new_student(recipe, self.widths)   # normalized grids until the run ends; then the saved one
+        check_sizes(recipe, plan, self.student, accelerator.num_processes)
         self.trainer, self.metrics, self.warned, self.stop_asked = None, {}, False, False
         self.state = load_checkpoint(out/'checkpoints')   # the last one; None before the first
         if self.state: check_images(recipe, self.state['images'], number_of(ready.train))
@@ -150,11 +165,6 @@ class TrainingRun:
         "How many steps are done."
         if self.trainer: return self.trainer.step
         return self.state['step'] if self.state else 0
-
-    @property
-    def student(self)->nn.Module:
-        "The student as it is now; its grids are normalized until the run ends."
-        return self.trainer.student
 
     def stop(self):
         "End the run after this step, with the student as it is."
@@ -177,7 +187,7 @@ def start_stage(run:TrainingRun, plan:StagePlan):
     if plan.measured and not statistics_at(out, plan.first).exists():
         take_statistics(recipe, plan, sources, out, run.accelerator, device)
     if run.trainer is None:
-        run.trainer = Trainer(new_distill_step(recipe, run.widths, out), recipe, device, run.accelerator)
+        run.trainer = Trainer(new_distill_step(recipe, run.student, out), recipe, device, run.accelerator)
         if run.state: run.trainer.load_state_dict(run.state['trainer'])
     before = load_normalizers(recipe, run.widths, out, plan.first - 1) if plan.first else None
     run.trainer.start_stage(plan, sources, load_normalizers(recipe, run.widths, out, plan.first), before)
@@ -232,6 +242,7 @@ def run_recipe(
     tracking = dict(log_with=list(recipe.trackers) or None, project_dir=out)
     accelerator = new_accelerator(best_device(recipe.device), bool(uneven), **tracking)
     ready = prepare(recipe, accelerator.device if accelerator.num_processes > 1 else None, inputs)
+    run = TrainingRun(recipe, plan, ready, accelerator, out, callbacks)
     accelerator.wait_for_everyone()   # all have looked at the folder
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
@@ -239,7 +250,6 @@ def run_recipe(
     accelerator.wait_for_everyone()
     if recipe.trackers:
         accelerator.init_trackers('radio_nb', {key: str(value) for key, value in asdict(recipe).items()})
-    run = TrainingRun(recipe, plan, ready, accelerator, out, callbacks)
     for stage in plan:
         if run.state and (run.state['ended'] or run.state['step'] >= stage.last): continue   # done before
         start_stage(run, stage)
@@ -247,6 +257,7 @@ def run_recipe(
     if accelerator.is_main_process:
         if run.state['skipped']: atomic_write(out/'skipped.json', json.dumps(run.state['skipped'], indent=2))
         export_student(recipe, run.widths, run.state['trainer'], out)
+        run.student = Student.from_pretrained(out)
         callbacks.on_end(run)
     accelerator.wait_for_everyone()   # before the group of processes ends, as Accelerate ends it with the training
     accelerator.end_training()

@@ -32,10 +32,10 @@ from .statistics import Source
 from .monitor import PhaseTimer, gradient_norms
 
 # %% ../../nbs/training/07_trainer.ipynb #0e9cc717
-def check_losses(step:int, parts:dict[str, dict[str, float]]):
+def check_losses(step:int, losses:dict[str, dict[str, float]]): # by teacher and kind
     "Raise `BadInput` that names the teacher whose loss is not finite."
-    for name, pair in parts.items():
-        for kind, value in pair.items():
+    for name, kinds in losses.items():
+        for kind, value in kinds.items():
             if not isfinite(value):
                 raise BadInput(f'step {step}: the {kind} loss of teacher {name} is {value}; '
                                'try a lower lr, or leave this teacher out')
@@ -70,10 +70,10 @@ class DistillStep(nn.Module):
         student:nn.Module,        # images to `Features` by teacher
         loss:MultiTeacherLoss,
         cifd:nn.Module|None=None, # what rate–distortion modules and a bottleneck add, a `CIFDLoss`
-        half:bool=False,          # whether matrix products are in bfloat16
+        bfloat16:bool=False,      # whether matrix products are in bfloat16
     ):
         super().__init__()
-        self.student, self.loss, self.cifd, self.half = student, loss, cifd, half
+        self.student, self.loss, self.cifd, self.bfloat16 = student, loss, cifd, bfloat16
 
     def no_weight_decay(self)->set[str]:
         "The student's own choice, by the names they have here."
@@ -86,16 +86,16 @@ class DistillStep(nn.Module):
         scale:dict[str, float],      # by teacher, a factor for its losses
     )->tuple[Tensor, dict[str, dict[str, Tensor]]]: # the loss; and for a log, by teacher and kind
         "The loss of one microbatch."
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.half):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16):
             images = resize(images, part.size)
             draw_window(self.student, images.shape[-2:])
             outputs = self.student(images)
             if self.cifd is None: return self.loss(outputs, targets, scale=scale)
             kept = self.cifd.kept()
             teacher_scale = {name: scale[name]*kept[name]['teacher'] for name in targets}
-            loss, parts = self.loss(outputs, targets, scale=teacher_scale)
-            more, others = self.cifd(outputs, targets, self.student.neck, kept, scale, part.share)
-        return loss + more, {name: parts[name] | others[name] for name in parts}
+            loss, losses = self.loss(outputs, targets, scale=teacher_scale)
+            more, cifd_losses = self.cifd(outputs, targets, self.student.neck, kept, scale, part.share)
+        return loss + more, {name: losses[name] | cifd_losses[name] for name in losses}
 
 # %% ../../nbs/training/07_trainer.ipynb #2b4ff915
 class Microbatch(NamedTuple):
@@ -125,13 +125,13 @@ def microbatches(sources:list[Source], batches:tuple[Batch, ...], accumulate:int
 def log_terms(
     part:BatchPartition,
     loss:Tensor,                             # from `DistillStep`
-    parts:dict[str, dict[str, Tensor]],      # from `DistillStep`
+    losses:dict[str, dict[str, Tensor]],     # from `DistillStep`
     bits:Tensor|None,                        # of the vectors in the student's bottleneck, where it has one
     accumulate:int,                          # how many microbatches the partition has
 )->list[tuple[tuple[str, ...], Tensor]]:     # names and scalars
     "What a microbatch adds to the step's line in the log."
     terms = [(('loss',), loss/accumulate)]
-    for name, kinds in parts.items():
+    for name, kinds in losses.items():
         terms += [(('teachers', name, kind), part.weights[name]/accumulate*value) for kind, value in kinds.items()]
     if bits is not None: terms.append((('bits',), part.share/accumulate*bits.mean()))
     return terms
@@ -193,6 +193,8 @@ class TrainState:
         "Move the weights against the gradient; gives its norm before it was clipped, for the log."
         for group in self.optimizer.param_groups: group['lr'] = lr
         norm = nn.utils.clip_grad_norm_(self.distill_step.student.parameters(), self.recipe.clip)
+        if not norm.isfinite():
+            raise BadInput(f'step {step}: the norm of the gradient is {norm}; try a lower lr, or precision float32')
         self.optimizer.step()
         if self.ema: self.ema.update(self.distill_step.student, step=step)
         return {'lr': lr, 'gradient': getattr(norm, 'full_tensor', lambda: norm)().item()}
@@ -251,10 +253,10 @@ class Trainer:
             with self.timer('student'), rng_shard(**micro.shard), grad_sync(self.state.model, accelerator, micro.last):
                 images = micro.batch.images.to(self.device)/255
                 scale = {name: weight*active[name] for name, weight in part.weights.items()}
-                loss, parts = self.state.model(images, targets, part, scale)
-                accelerator.backward(loss/recipe.accumulate)
+                loss, losses = self.state.model(images, targets, part, scale)
+                accelerator.backward(loss/recipe.accumulate)   # the last microbatch averages gradients over processes
             bits = getattr(getattr(self.student, 'neck', None), 'bits', None)
-            terms += log_terms(part, loss, parts, bits, recipe.accumulate)
+            terms += log_terms(part, loss, losses, bits, recipe.accumulate)
 
         line = reduce_log(accelerator, terms)
         check_losses(self.step, line['teachers'])
