@@ -72,6 +72,8 @@ def prepare(
     "Open the images and load the teachers. Raises `BadInput`."
     device = best_device(recipe.device) if device is None else device
     last = max(check_recipe(recipe)[-1].parts, key=lambda part: part.share)
+    if inputs.images is None and recipe.images.startswith('python:'):
+        raise BadInput('the images of this run are objects that were handed over in Python: hand them over again')
     images = open_images(recipe.images) if inputs.images is None else inputs.images
     train, held = hold_out(images, recipe.hold_out, recipe.seed)
     home = torch.device(recipe.teacher_device or device)

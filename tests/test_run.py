@@ -1,0 +1,123 @@
+"`radio_nb.distill` and `Run` as a program uses them: objects in place of names, callbacks, what is refused."
+import radio_nb  # noqa: F401, I001  before timm, so that torchvision can be imported
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from children import photo_parquet
+from datasets import Dataset
+from PIL import Image
+from torch import nn
+
+from radio_nb.data.crops import height_width
+from radio_nb.models.zoo import photographs
+from radio_nb.targets.bad_input import BadInput
+from radio_nb.training.train import Inputs
+
+TINY = dict(size=32, steps=4, statistics_steps=2, batch_size=4, head_width=16, depth=1, checkpoint_every=2)
+
+
+class Blocks(nn.Module):
+    "A network: the mean colours of blocks of 8 pixels, and their mean."
+    def forward(self, images):
+        grid = nn.functional.avg_pool2d(images, 8).movedim(1, -1)
+        return grid.mean((1, 2)), grid
+
+
+def pictures(n=12, side=48): return [Image.open(p).convert('RGB').resize((side, side)) for p in photographs()[:n]]
+
+
+def same(a, b):
+    a, b = a.student.state_dict(), b.student.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize('images', [
+    pictures, lambda: [np.asarray(image) for image in pictures()],
+    lambda: [torch.from_numpy(np.array(image)).movedim(-1, 0) for image in pictures()],
+    lambda: [torch.from_numpy(np.array(image)).movedim(-1, 0)/255 for image in pictures()],
+], ids=['pictures', 'arrays', 'bytes', 'floats'])
+def test_images_of_every_kind_train_the_same_student(tmp_path, images):
+    parquet = Dataset.from_dict({'image': pictures()})
+    first = radio_nb.distill(images=parquet, teachers={'blocks': Blocks()}, out=tmp_path/'data_set', **TINY)
+    second = radio_nb.distill(images=images(), teachers={'blocks': Blocks()}, out=tmp_path/'sequence', **TINY)
+    assert same(first, second) and list(second.student.config['teachers']) == ['blocks']
+
+
+def test_a_timm_model_a_path_and_a_parquet_file(tmp_path):
+    torch.manual_seed(0)
+    vit = timm.create_model('test_vit', num_classes=0)
+    source = tmp_path/'photos.parquet'
+    photo_parquet(source, 8)
+    run = radio_nb.distill(images=source, teachers=[vit, 'zoo:u2netp#64'], out=tmp_path/'run', **TINY)
+    assert list(run.match['new crops']['student']) == ['VisionTransformer', 'u2netp'] and run.report().exists()
+    assert run.ready.teachers['VisionTransformer'].size == vit.default_cfg['input_size'][-1]
+
+
+def test_own_augmentation_decides_what_is_seen(tmp_path):
+    seen = []
+    def grey(image, size, random):
+        seen.append(image.size)
+        return torch.full((3, *height_width(size)), 100 + int(random.integers(50)), dtype=torch.uint8)
+    run = radio_nb.distill(images=pictures(), teachers={'blocks': Blocks()}, crop=grey, out=tmp_path/'run', **TINY)
+    assert len(seen) >= 16 and len(run.metrics) == 4
+
+
+def test_a_run_that_goes_on_equals_one_that_was_not_stopped(tmp_path):
+    "Stopped by an exception of the user's own after a checkpoint, with objects handed over again."
+    args = dict(images=pictures(), teachers={'blocks': Blocks()}, **TINY)
+    whole = radio_nb.distill(out=tmp_path/'whole', **args)
+    def fail(run): raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError): radio_nb.distill(out=tmp_path/'broken', on_checkpoint=fail, **args)
+    with pytest.raises(BadInput, match='holds an unfinished run'): radio_nb.distill(out=tmp_path/'broken', **args)
+    ends = []
+    broken = radio_nb.distill(out=tmp_path/'broken', resume=True, on_end=lambda run: ends.append(run.student), **args)
+    assert same(whole, broken) and [line['step'] for line in broken.metrics] == [1, 2, 3, 4]
+    assert torch.equal(ends[0].backbone.prefix, broken.student.backbone.prefix)
+
+
+def test_a_callback_ends_a_run_with_the_student_of_that_moment(tmp_path):
+    args = dict(images='zoo:photos', teachers='zoo:u2netp#64', **TINY)
+    def enough(run):
+        if run.metrics['step'] == 3: run.stop()
+    early = radio_nb.distill(out=tmp_path/'early', on_step=enough, **args)
+    assert len(early.metrics) == 3 and early.student.backbone.dim
+    again = radio_nb.distill(out=tmp_path/'early', **args)   # it is finished, and is opened
+    assert again.metrics == early.metrics and again.match == early.match
+
+
+def test_a_run_is_opened_by_its_folder(tmp_path):
+    run = radio_nb.distill(images=pictures(), teachers={'blocks': Blocks()}, out=tmp_path/'run', hold_out=2, **TINY)
+    measured = run.match
+    assert measured == json.loads((tmp_path/'run'/'match.json').read_text()) and 'new images' in measured
+    opened = radio_nb.Run(tmp_path/'run')
+    assert opened.match == measured and opened.metrics == run.metrics and 'blocks' in str(opened)
+    with pytest.raises(BadInput, match='hand them over again'): opened.feature_maps()
+    opened = radio_nb.Run(tmp_path/'run', Inputs(run.inputs.images, run.inputs.teachers))
+    assert opened.feature_maps(2).size[0] > 200
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(step=3), "unknown field of a recipe 'step': did you mean steps"),
+    (dict(teachers=[]), 'teachers: say which'),
+    (dict(teachers=[3]), 'teacher int is a int'),
+    (dict(teachers=lambda images: images), 'must give a summary'),
+    (dict(images=[]), 'the sequence is empty'),
+    (dict(images=[1, 2]), 'a sequence of int cannot be used'),
+    (dict(images=[torch.full((3, 8, 8), 7.)]), r'must lie in \[0, 1\]'),
+    (dict(student='vit_tinyy'), "unknown timm model 'vit_tinyy'"),
+    (dict(size=40), 'patches of 16 cannot see 40 × 40 pixels'),
+    (dict(accumulate=3), '4 images of a process cannot be divided into 3 microbatches'),
+])
+def test_what_cannot_work_is_known_before_a_folder_is_made(tmp_path, change, message):
+    with pytest.raises(BadInput, match=message):
+        radio_nb.distill(**dict(images='zoo:photos', teachers='zoo:u2netp#64', out=tmp_path/'run', **TINY) | change)
+    assert not (tmp_path/'run').exists()
+
+
+def test_a_finished_run_of_other_objects_is_not_taken_for_this_one(tmp_path):
+    args = dict(images=pictures(), teachers={'blocks': Blocks()}, out=tmp_path/'run', **TINY)
+    radio_nb.distill(**args)
+    with pytest.raises(BadInput, match='whether it had the same objects is not known'): radio_nb.distill(**args)
