@@ -1,6 +1,7 @@
 "`radio_nb.distill` and `Run` as a program uses them: objects in place of names, callbacks, what is refused."
 import radio_nb  # noqa: F401, I001  before timm, so that torchvision can be imported
 import json
+import os
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 from radio_nb.data.crops import height_width
+from radio_nb.front.evaluate import compare_folders
 from radio_nb.models.zoo import photographs
 from radio_nb.targets.bad_input import BadInput
 from radio_nb.training.train import Inputs
@@ -121,3 +123,22 @@ def test_a_finished_run_of_other_objects_is_not_taken_for_this_one(tmp_path):
     args = dict(images=pictures(), teachers={'blocks': Blocks()}, out=tmp_path/'run', **TINY)
     radio_nb.distill(**args)
     with pytest.raises(BadInput, match='whether it had the same objects is not known'): radio_nb.distill(**args)
+
+
+def test_others_may_read_what_a_run_leaves(tmp_path):
+    before = os.umask(0o022)
+    try: run = radio_nb.distill(images=pictures(), teachers={'blocks': Blocks()}, out=tmp_path/'run', **TINY)
+    finally: os.umask(before)
+    for name in ('student.safetensors', 'statistics.safetensors', 'config.json', 'recipe.toml'):
+        assert (run.out/name).stat().st_mode & 0o777 == 0o644, name
+
+
+def test_a_student_is_not_shown_bytes(tmp_path):
+    run = radio_nb.distill(images=pictures(), teachers={'blocks': Blocks()}, out=tmp_path/'run', **TINY)
+    with pytest.raises(BadInput, match=r'images must lie in \[0, 1\]: divide torch.uint8 by 255'):
+        run.student(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
+def test_a_run_is_not_a_second_seed_of_itself(tmp_path):
+    run = radio_nb.distill(images=pictures(), teachers={'blocks': Blocks()}, out=tmp_path/'run', **TINY)
+    with pytest.raises(BadInput, match='is named twice'): compare_folders([str(run.out), f'{run.out}/'])

@@ -174,7 +174,10 @@ def by_seed(
 def compare_folders(
     folders:list[str], # of runs
 )->Comparison:
-    "Compare the students of evaluated runs. Raises `BadInput` for a folder that holds none."
+    "Compare the students of evaluated runs. Raises `BadInput` for a folder that holds none, or that is named twice."
+    real = [Path(folder).resolve() for folder in folders]
+    for i, folder in enumerate(folders):
+        if real[i] in real[:i]: raise BadInput(f'{folder} is named twice: every run counts as a seed of its own')
     recipes = {folder: open_recipe(folder) for folder in folders}
     scores = {folder: [score for score in load_scores(folder) if score.model == 'student'] for folder in folders}
     return compare_runs(scores, by_seed(recipes))

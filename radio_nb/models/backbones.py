@@ -85,7 +85,8 @@ class Backbone(nn.Module):
         self.register_buffer('std', torch.tensor(network.std).reshape(3, 1, 1))
 
     def normalize(self, images:Tensor)->Tensor:
-        "Images as the network expects them. Raises `BadInput` for sides that do not fit."
+        "Images as the network expects them. Raises `BadInput` for whole numbers and for sides that do not fit."
+        if not images.is_floating_point(): raise BadInput(f'images must lie in [0, 1]: divide {images.dtype} by 255')
         h, w = images.shape[-2:]
         if h % self.patch or w % self.patch:
             raise BadInput(f'a student with patches of {self.patch} cannot see {h} × {w} pixels: '

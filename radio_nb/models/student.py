@@ -14,7 +14,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from ..targets.features import Features
@@ -48,8 +48,10 @@ class Head(nn.Sequential):
         return head
 
 # %% ../../nbs/models/07_student.ipynb #c0f19a2e
-def _known_config(path, cls):
-    "The configuration of a saved student. Raises `BadInput` where `cls` does not know all of it."
+def _known_config(folder, cls):
+    "The configuration of a saved student. Raises `BadInput` where there is none, or one that `cls` does not know."
+    path = folder/'config.json'
+    if not path.is_file(): raise BadInput(f'{folder} holds no student: there is no config.json in it')
     config = json.loads(path.read_text())
     strange = sorted(config.keys() - inspect.signature(cls).parameters.keys())
     if not strange: return config
@@ -104,7 +106,8 @@ class Student(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder/'config.json').write_text(json.dumps(self.config, indent=2))
-        save_file({key: tensor.contiguous() for key, tensor in self.state_dict().items()}, folder/'student.part')
+        tensors = {key: tensor.contiguous() for key, tensor in self.state_dict().items()}
+        (folder/'student.part').write_bytes(save(tensors))  # `save_file` would leave it to its owner alone
         os.replace(folder/'student.part', folder/'student.safetensors')  # atomically: never half a file of that name
 
     @classmethod
@@ -112,9 +115,7 @@ class Student(nn.Module):
         folder:Path,    # as `save_pretrained` wrote it
     )->'Student':       # in evaluation mode
         "Load a student without its teachers or any other weights. Raises `BadInput` if it cannot."
-        path = Path(folder)/'config.json'
-        if not path.is_file(): raise BadInput(f'{folder} holds no student: there is no config.json in it')
-        student = cls(**_known_config(path, cls))
+        student = cls(**_known_config(Path(folder), cls))
         student.load_state_dict(load_file(Path(folder)/'student.safetensors'))
         return student.eval()
 

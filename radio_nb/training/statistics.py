@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..targets.features import Features
@@ -191,7 +191,7 @@ def save_statistics(recipe:Recipe, plan:StagePlan, statistics:dict[str, Statisti
         measured = {'mean': spatial.mean, 'variance': spatial.cov.diagonal(), 'summary': summary}
         tensors |= {f'{name}.{key}': tensor for key, tensor in measured.items()}
     if curves: atomic_write(out/'information.json', json.dumps(curves, indent=2))
-    save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, out/'statistics.part')
+    (out/'statistics.part').write_bytes(save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}))
     os.replace(out/'statistics.part', statistics_at(out, plan.first))
 
 # %% ../../nbs/training/05_statistics.ipynb #d228e609
