@@ -172,7 +172,7 @@ def comparison_table(compared:'Comparison')->tuple[list[str], list[list[str]]]:
 def write_comparison(compared:'Comparison', file:Path):
     "Write a comparison as JSON or as a page."
     if file.suffix == '.json':
-        table = {row: {who: spread._asdict() for who, spread in cells.items()} for row, cells in compared.table.items()}
+        table = {row: {who: value._asdict() for who, value in cells.items()} for row, cells in compared.table.items()}
         text = json.dumps({'table': table, 'average ranks': compared.ranks, 'partial': compared.partial}, indent=2)
     else:
         from radio_nb.front.pictures import html_table, page

@@ -178,7 +178,7 @@ class Run:
 class LiveCurves:
     "A figure of every teacher's loss that grows while a run goes on; a callback for `on_step`."
     def __init__(self, kind:str='spatial', every:float=1.): # every: seconds between two drawings
-        self.kind, self.every, self.drawn = kind, every, 0.
+        self.kind, self.every, self.last_drawn = kind, every, 0.
         self.steps, self.losses, self.figure = [], {}, None
 
     def __call__(self, run:TrainingRun):
@@ -186,8 +186,8 @@ class LiveCurves:
         self.steps.append(run.step)
         for name, losses in run.metrics['teachers'].items():
             self.losses.setdefault(name, []).append(losses.get(self.kind))
-        if time.time() - self.drawn < self.every and run.step < run.total: return
-        self.drawn = time.time()
+        if time.time() - self.last_drawn < self.every and run.step < run.total: return
+        self.last_drawn = time.time()
         self.draw(run.total)
 
     def draw(self, total:int):
