@@ -117,6 +117,7 @@ def other_suites(
         for model in models:
             if not stopped(): yield zero_shot_suite(model, data, directions, stopped, workers)
 
+# %% ../../nbs/front/04_evaluate.ipynb #e51ab7f2
 class Evaluation(NamedTuple):
     "What was found."
     match: dict             # by images and size, student and teacher, as `match_rows` wants it

@@ -47,8 +47,8 @@ def hartley(
     "The discrete Hartley matrix: the Fourier transform in real numbers."
     k = torch.arange(n)
     angle = 2*torch.pi*k.double()/n
-    wave = (angle.cos() + angle.sin())/n**.5
-    return torch.stack([wave[j*k % n] for j in range(n)])
+    cas = (angle.cos() + angle.sin())/n**.5
+    return torch.stack([cas[j*k % n] for j in range(n)])
 
 # %% ../../nbs/targets/05_phi_s.ipynb #1d6b9e9b
 ROTATIONS = ('auto', 'hadamard', 'schur-horn')
