@@ -13,10 +13,13 @@ from PIL import Image
 from torch import nn
 
 from radio_nb.data.crops import height_width
+from radio_nb.data.files import hours_minutes_seconds
 from radio_nb.front.evaluate import compare_folders
 from radio_nb.models.zoo import photographs
 from radio_nb.targets.bad_input import BadInput
+from radio_nb.training.distributed import new_accelerator
 from radio_nb.training.train import Inputs
+from radio_nb.training.trainer import DistillStep, TrainState
 
 TINY = dict(size=32, steps=4, statistics_steps=2, batch_size=4, head_width=16, depth=1, checkpoint_every=2)
 
@@ -142,3 +145,22 @@ def test_a_student_is_not_shown_bytes(tmp_path):
 def test_a_run_is_not_a_second_seed_of_itself(tmp_path):
     run = radio_nb.distill(images=pictures(), teachers={'blocks': Blocks()}, out=tmp_path/'run', **TINY)
     with pytest.raises(BadInput, match='is named twice'): compare_folders([str(run.out), f'{run.out}/'])
+
+
+def test_a_gradient_that_is_not_finite_moves_no_weight(tmp_path):
+    run = radio_nb.distill(images=pictures(), teachers={'blocks': Blocks()}, out=tmp_path/'run', **TINY)
+    state = TrainState(DistillStep(run.student, nn.Identity()), run.recipe, new_accelerator(torch.device('cpu')))
+    before = [p.detach().clone() for p in run.student.parameters()]
+    for p in run.student.parameters(): p.grad = torch.full_like(p, float('nan'))
+    with pytest.raises(BadInput, match='step 7: the norm of the gradient is nan'): state.optimizer_step(1e-3, 7)
+    assert all(torch.equal(a, b) for a, b in zip(before, run.student.parameters(), strict=True))
+
+
+def test_the_report_escapes_what_a_user_wrote(tmp_path):
+    run = radio_nb.distill(images=pictures(), teachers={'blocks': Blocks()}, out=tmp_path/'<b>bold', **TINY)
+    page = run.report().read_text()
+    assert '<b>bold' not in page and '&lt;b&gt;bold' in page
+
+
+def test_a_clock_goes_beyond_a_day():
+    assert hours_minutes_seconds(55.5*3600) == '55:30:00' and hours_minutes_seconds(59.9) == '00:00:59'
