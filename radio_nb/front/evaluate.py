@@ -80,7 +80,7 @@ def match_at(
     "The match at each size, and how far `others` agree with the teachers."
     images, _ = shuffled_subset(open_images(data.images), limit=data.limit)
     compared = {'student': run.student, 'constant': Constant(statistics_file(run.out), list(teachers))}
-    normalizers = load_normalizers(run.recipe, run.student.config['teachers'], run.out)
+    normalizers = load_normalizers(run.student.config['teachers'], run.out)
     def sides(size): return crop_sides(size, [teacher.size for teacher in teachers.values()])
     match, scores = {}, []
     for size in sizes or (run.size,):

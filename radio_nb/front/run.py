@@ -226,9 +226,8 @@ def distill(
     known = [field.name for field in fields(Recipe)]
     for name in settings:
         if name not in known: raise unknown('field of a recipe', name, known)
-    values = {field.name: getattr(recipe, field.name) for field in fields(Recipe)} if isinstance(recipe, Recipe) else \
-        read_recipe(Path(recipe)) if recipe else {}
-    values |= settings
+    if isinstance(recipe, Recipe): values = vars(recipe) | settings
+    else: values = (read_recipe(Path(recipe)) if recipe else {}) | settings
     objects, dataset = {}, None
     if teachers is not None: values['teachers'], objects = named_teachers(teachers, values.get('size', Recipe.size))
     if isinstance(images, (str, Path)): values['images'] = str(images)

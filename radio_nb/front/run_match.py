@@ -73,7 +73,7 @@ def compared_students(recipe:Recipe, ready:Prepared, out:Path)->dict:
     "The trained student and its two baselines."
     trained = Student.from_pretrained(out).to(ready.device)
     untrained = new_student(recipe, trained.config['teachers']).to(ready.device).eval()
-    normalizers = load_normalizers(recipe, trained.config['teachers'], out)
+    normalizers = load_normalizers(trained.config['teachers'], out)
     return {'student': trained, 'untrained': fold_heads(untrained, normalizers),
             'constant': Constant(statistics_file(out), list(ready.teachers))}
 

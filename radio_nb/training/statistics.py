@@ -200,14 +200,13 @@ def _tensors_of(prefix, tensors):
     return {key[len(prefix):]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 def load_normalizers(
-    recipe:Recipe,
-    widths:dict[str, tuple[int, int]], # of every teacher's summary and grid
+    names:Iterable[str], # of the teachers
     out:Path,
-    step:int|None=None,                # at which they hold; None for the last
+    step:int|None=None,  # at which they hold; None for the last
 )->dict[str, Normalizer]:
     "The normalizers of the teachers that were measured by then."
     tensors = load_file(statistics_file(out, step))
-    found = {name: _tensors_of(f'{name}.normalizer.', tensors) for name in widths}
+    found = {name: _tensors_of(f'{name}.normalizer.', tensors) for name in names}
     return {name: Normalizer(**own) for name, own in found.items() if own}
 
 # %% ../../nbs/training/05_statistics.ipynb #6906cf4e

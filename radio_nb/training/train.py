@@ -110,7 +110,7 @@ def export_student(recipe:Recipe, widths:dict[str, tuple[int, int]], state:dict,
     student = new_student(recipe, widths)
     own = {key[len('student.'):]: tensor for key, tensor in state['weights'].items() if key.startswith('student.')}
     student.load_state_dict(state.get('ema', own))
-    fold_heads(remove_neck(student), load_normalizers(recipe, widths, out)).save_pretrained(out)
+    fold_heads(remove_neck(student), load_normalizers(widths, out)).save_pretrained(out)
 
 # %% ../../nbs/training/08_train.ipynb #f9888019
 def number_of(images:Dataset|IterableDataset)->int|None:
@@ -191,8 +191,8 @@ def start_stage(run:TrainingRun, plan:StagePlan):
     if run.trainer is None:
         run.trainer = Trainer(new_distill_step(recipe, run.student, out), recipe, device, run.accelerator)
         if run.state: run.trainer.load_state_dict(run.state['trainer'])
-    before = load_normalizers(recipe, run.widths, out, plan.first - 1) if plan.first else None
-    run.trainer.start_stage(plan, sources, load_normalizers(recipe, run.widths, out, plan.first), before)
+    before = load_normalizers(run.widths, out, plan.first - 1) if plan.first else None
+    run.trainer.start_stage(plan, sources, load_normalizers(run.widths, out, plan.first), before)
 
 # %% ../../nbs/training/08_train.ipynb #03c75692
 def watch_gradients(run:TrainingRun, batches:tuple[Batch, ...])->dict:

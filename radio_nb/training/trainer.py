@@ -243,7 +243,6 @@ class Trainer:
         self.student.heads_only = self.step < recipe.heads_only
         self.state.model.train()
         self.state.optimizer.zero_grad()
-
         for micro in microbatches(self.sources, batches, recipe.accumulate, seed, accelerator):
             part = micro.source.part
             with self.timer('teachers'):
