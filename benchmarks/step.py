@@ -19,6 +19,7 @@ from radio_nb.data.images import open_images
 from radio_nb.losses.losses import spatial_loss, summary_loss
 from radio_nb.losses.multi_teacher import MultiTeacherLoss
 from radio_nb.targets.phi_s import fit_normalizer
+from radio_nb.training.distributed import new_accelerator
 from radio_nb.training.recipe import Recipe
 from radio_nb.training.stages import plan_stages
 from radio_nb.training.statistics import Source, measure
@@ -86,5 +87,5 @@ normalizers = {name: fit_normalizer('phi-s', s.spatial).to(device) for name, s i
 
 compare('trainer step against a bare loop', Crops(images, 224), {}, 1.03)
 with tempfile.TemporaryDirectory() as folder:
-    cached = fill_cache(teachers, Crops(images, SIZE, views=1), folder, args.batch, device)
+    cached = fill_cache(teachers, Crops(images, SIZE, views=1), folder, args.batch, new_accelerator(device))
     compare('cached step against a bare loop of the student alone', Crops(images, SIZE, views=1), cached, 1.10)

@@ -1,6 +1,7 @@
 "Processes that start in a moment: a server imports the package once, and every child is a fork of it."
 import radio_nb  # noqa: F401, I001  before timm, so that torchvision can be imported
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import socket
@@ -27,12 +28,16 @@ server.set_forkserver_preload(['radio_nb.front.cli', 'radio_nb.front.run', 'radi
                                'open_clip', 'PIL.AvifImagePlugin', 'torch._dynamo'])   # what is imported late, too
 
 
+LIMIT = 300   # seconds for a child, on a machine that is busy with other things
+
 def _begin(work, args, env, log):
     os.environ.update(env)
     torch.set_num_threads(1)
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0   # it sleeps five seconds after every epoch of a shuffled stream
     with log.open('a', buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        faulthandler.dump_traceback_later(LIMIT - 10, file=file)   # where it hangs, before it is killed
         work(*args)
+        faulthandler.cancel_dump_traceback_later()
 
 
 def train(recipe, resume=False):
@@ -68,12 +73,13 @@ class Children:
 
     def alive(self): return any(process.is_alive() for process in self.processes)
 
-    def wait(self, code=0, seconds=120):
+    def wait(self, code=0, seconds=LIMIT):
         "Wait for the end; all must exit with `code`. Gives the seconds from the start."
         for process in self.processes: process.join(max(0, self.begun + seconds - time.time()))
         ended = time.time() - self.begun
         for process in self.processes: process.kill()
-        assert [process.exitcode for process in self.processes] == [code]*len(self.processes), self.output()[-3000:]
+        codes = [process.exitcode for process in self.processes]
+        assert codes == [code]*len(codes), f'exit codes {codes} after {ended:.0f} s\n{self.output()[-3000:]}'
         return ended
 
 

@@ -14,6 +14,11 @@ SMALL = ['--teachers', 'zoo:u2netp#64', '--size', '64', '--steps', '6', '--stati
          '--head-width', '32', '--checkpoint-every', '2', '--hold-out', '4', '--images', 'zoo:photos']
 
 
+def pytest_addoption(parser):
+    parser.addoption('--fuzz', type=int, default=0, help='about how many invocations tests/fuzz makes')
+    parser.addoption('--fuzz-seed', type=int, default=0, help='of what it draws')
+
+
 def radio_nb(*args, **kwargs):
     "Run the command as a user would, in a process of its own."
     return subprocess.run([sys.executable, '-c', 'from radio_nb.front.cli import main; main()', *map(str, args)],

@@ -176,6 +176,37 @@ def test_every_source_may_be_left_out():
     assert total == 0 and terms['teacher'] == terms['R=1'] == 1
 
 
+def test_a_module_counts_with_its_weight_in_its_divergence_too():
+    "CIFD's equation in float64: with two KL of 1 and a weight of .25 they are 1.25 together, not 2."
+    torch.manual_seed(0)
+    student, teacher, module = (ModelOutput(*torch.randn(2, 4, 3, dtype=torch.float64)) for _ in range(3))
+    loss = ControlledFlowLoss({'teacher': 1., 'R=1': .25}, soft_labels=.7, temperature=2.).eval()
+    labels = torch.tensor([0, 2, 1, 1])
+    total, _ = loss(student, {'teacher': teacher, 'R=1': module}, labels=labels)
+    expected = -student.logits.float().log_softmax(-1)[range(4), labels].mean().double()
+    q = (student.logits.float()/2).softmax(-1).double()
+    for source, weight in (teacher, 1.), (module, .25):
+        p = (source.logits.float()/2).softmax(-1).double()
+        distance = ((student.embedding - source.embedding)**2).mean()
+        expected = expected + weight*(distance + .7*4*(p*(p/q).log()).sum(-1).mean())
+    assert_close(total, expected, rtol=1e-6, atol=0)
+
+
+def test_the_padding_is_of_no_consequence_to_modules():
+    "A mask holds for the reconstructions as it does for the teacher."
+    torch.manual_seed(0)
+    modules, mask = {'a': RateDistortion(3, 1., 10.).eval()}, torch.ones(2, 4, 4, dtype=torch.bool)
+    mask[0, :, 2:] = False
+    teacher, found = torch.randn(2, 4, 4, 3), []
+    for padding in 0., 50.:
+        student = torch.ones(2, 4, 4, 3).requires_grad_()
+        target = {'a': Features(torch.zeros(2, 1), teacher.masked_fill(~mask[..., None], padding))}
+        loss = CIFDLoss(modules, {'a': 1.}, dropout=0.)
+        total, _ = loss({'a': Features(torch.zeros(2, 1), student)}, target, masks={'a': mask})
+        found.append(torch.autograd.grad(total, student)[0])
+    assert torch.equal(*found) and not found[0][~mask].any() and found[0][mask].all()
+
+
 def test_a_teacher_without_weight_gets_no_modules():
     torch.manual_seed(0)
     modules = {name: RateDistortion(3, 1.).eval() for name in 'ab'}
@@ -214,6 +245,12 @@ def same_keys(folder):
     with safe_open(folder/'student.safetensors', 'pt') as file: return list(file.keys())
 
 
+def test_a_run_with_modules_and_no_bottleneck(tmp_path):
+    main(['distill', *CIFD_ARGS, '--bottleneck', '0', '--balance', 'ada', '--out', str(tmp_path/'run')])
+    lines = [json.loads(line) for line in (tmp_path/'run'/'metrics.jsonl').open()]
+    assert len(lines) == 6 and not any('bits' in line for line in lines)
+
+
 @pytest.mark.parametrize('moment', ['statistics.safetensors', 'checkpoints/00000002.pt'])
 def test_a_killed_run_with_modules_goes_on_to_the_same_student(cifd_run, tmp_path, moment):
     out = tmp_path/'run'
@@ -225,12 +262,13 @@ def test_a_killed_run_with_modules_goes_on_to_the_same_student(cifd_run, tmp_pat
     assert same_weights(out, cifd_run)
 
 
-@pytest.mark.parametrize('rates', [['10', '10'], ['0'], ['1', '-3']])
-def test_rates_must_be_positive_and_different(rates, tmp_path, capsys):
+@pytest.mark.parametrize('rates, wanted', [(['10', '10'], 'must be different'), (['0'], 'greater than 0'),
+                                           (['1', '-3'], 'greater than 0')])
+def test_rates_must_be_positive_and_different(rates, wanted, tmp_path, capsys):
     with pytest.raises(SystemExit) as refused:
         main(['distill', *SMALL, '--information', *rates, '--out', str(tmp_path/'run')])
     error = capsys.readouterr().err
-    assert refused.value.code == 2 and 'must be positive and different' in error and error.count('\n') == 1
+    assert refused.value.code == 2 and wanted in error and error.count('\n') == 1
     assert not (tmp_path/'run').exists()
 
 

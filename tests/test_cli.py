@@ -3,17 +3,23 @@ import io
 import json
 import re
 import shutil
+from dataclasses import fields
+from typing import get_origin
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, radio_nb
+from conftest import SMALL
+from conftest import radio_nb as command
 from PIL import Image
 from safetensors.torch import save_file
 
+import radio_nb
 from radio_nb.data.images import decode, open_images
 from radio_nb.front import cli
 from radio_nb.models.student import Student
+from radio_nb.targets.bad_input import BadInput
+from radio_nb.training.recipe import Recipe
 
 
 def replaced(flag, *values):
@@ -48,7 +54,7 @@ def test_the_report_needs_nothing_else(run):
 
 def test_a_finished_run_shows_its_table_again(run):
     out, first = run
-    again = radio_nb('distill', *SMALL, '--out', out)
+    again = command('distill', *SMALL, '--out', out)
     assert again.returncode == 0 and 'finished' in again.stdout
     table = [line for line in first.stdout.splitlines() if line.startswith('u2netp')]
     assert table and all(line in again.stdout for line in table)
@@ -91,13 +97,57 @@ def test_evaluate_refuses(run, refused, tmp_path):
 def test_recipe_files(refused, tmp_path, capsys):
     recipe = tmp_path/'mine.toml'
     recipe.write_text('imges = "x"')
-    assert "unknown field in" in (error := refused('distill', '--recipe', recipe)) and 'did you mean images' in error
+    error = refused('distill', '--recipe', recipe)
+    assert "mine.toml: unknown field of a recipe 'imges': did you mean images" in error
     recipe.write_text('images = ')
     assert 'is not TOML' in refused('distill', '--recipe', recipe)
     assert 'no such recipe: nowhere.toml' in refused('distill', '--recipe', 'nowhere.toml')
-    recipe.write_text('steps = "many"\nimages = "zoo:photos"\nteachers = ["zoo:u2netp"]\nout = "x"')
-    with pytest.raises(SystemExit) as exit: cli.main(['distill', '--recipe', str(recipe)])
-    assert exit.value.code == 2 and '--steps' in capsys.readouterr().err
+    for line, complaint in (('steps = "many"', "steps is 'many', but must be a whole number at least 1"),
+                            ('lr = "0.1"', "lr is '0.1', but must be a number greater than 0"),
+                            ('lr = nan', "lr is 'nan', but must be a number greater than 0"),
+                            ('shard = "false"', "shard is 'false', but must be true or false"),
+                            ('warmup = 1', r"warmup is '1', but must be a number in [0, 1)"),
+                            ('summary_weights = [-1]', 'summary_weights is'),
+                            ('teachers = "x"', 'teachers is'),
+                            ('[[stages]]\nsteps = 1\nsize = [1, 2, 3]', 'size is'),
+                            ('stages = 3', 'stages must be tables'),
+                            ('[[stages]]\nsteps = 1\n[[stages.partitions]]\nshare = "1"', 'share is'),
+                            ('[[stages]]\nsteps = 1\n[[stages.partitions]]\nsize = 1', 'a partition needs share')):
+        recipe.write_text(line)
+        assert f'mine.toml: {complaint}' in refused('distill', '--recipe', recipe)
+    recipe.write_bytes('images = "é"'.encode('latin-1'))
+    assert 'is not TOML in UTF-8' in refused('distill', '--recipe', recipe)
+    stages = '[[stages]]\nsteps = 1\n'
+    recipe.write_bytes(b'\xef\xbb\xbfimages = "zoo:photos"\nteachers = ["zoo:u2netp"]\nout = "x"\n' + stages.encode())
+    assert '--steps: the stages of the recipe say' in refused('distill', '--recipe', recipe, '--steps', 3)   # BOM, too
+
+
+@pytest.mark.parametrize('flag, value', [
+    ('size', 0), ('size', -64), ('lr', 0), ('lr', 'nan'), ('lr', 'inf'), ('warmup', 1), ('warmup', -.1),
+    ('clip', 0), ('clip', -1), ('weight-decay', -1), ('spatial-weights', -1), ('hold-out', -1), ('keep', 0),
+    ('keep', -1), ('ema', 1), ('ema', -.5), ('depth', -1), ('head-blocks', -1), ('heads-only', -1),
+    ('teacher-dropout', 1.1), ('steps', 0),
+    ('statistics-steps', 0), ('accumulate', 0), ('workers', -1), ('views', -1), ('seed', -1), ('seed', 2**40),
+    ('batch-size', 0), ('checkpoint-every', 0), ('watch-every', -1), ('information', 0), ('kd-dropout', 1),
+    ('bottleneck', -1), ('head-width', -8), ('windows', 0), ('balance-lr', 0)])
+def test_values_that_make_no_sense_are_refused_in_one_line(refused, tmp_path, flag, value):
+    "From flags, from a file and from Python."
+    name = flag.replace('-', '_')
+    many = get_origin({field.name: field.type for field in fields(Recipe)}[name]) is tuple
+    complaint = refused('distill', *SMALL, f'--{flag}', value, '--out', tmp_path/'run')
+    assert f'{name} is ' in complaint and 'but must be' in complaint
+    with pytest.raises(BadInput, match=f'^{name} is .*but must be '):
+        number = float(value)
+        number = int(number) if number == number and abs(number) < 1e99 and number == int(number) else number
+        radio_nb.distill(images='zoo:photos', teachers='zoo:u2netp', **{name: (number,) if many else number})
+    assert not (tmp_path/'run').exists()
+
+
+def test_what_this_machine_does_not_have(refused, tmp_path):
+    for flag, value, complaint in (('device', 'gpu', "device: there is no 'gpu'"), ('device', 'meta', "no 'meta'"),
+                                   ('teacher-device', 'cuda:99', "no 'cuda:99'"),
+                                   ('compile', 'inducter', "backend of torch.compile 'inducter': did you mean")):
+        assert complaint in refused('distill', *SMALL, f'--{flag}', value, '--out', tmp_path/'run')
 
 
 def test_images_that_are_not_there(refused, tmp_path):

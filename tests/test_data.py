@@ -1,4 +1,8 @@
 "The stream of crops: its parts make up the whole, it can be entered at any position, and no image in it stops a run."
+import json
+import os
+import shutil
+import sys
 from contextlib import ExitStack
 from io import BytesIO
 from itertools import islice
@@ -20,12 +24,13 @@ from radio_nb.data.crops import (
     centre_crop,
     height_width,
     image_batches,
+    padded_crop,
     random_box,
     random_crop,
     resize,
     shortest_side,
 )
-from radio_nb.data.images import UNDECODED, Unreadable, decode, hold_out, open_images
+from radio_nb.data.images import UNDECODED, Unreadable, decode, hold_out, images_fingerprint, open_images
 from radio_nb.data.streams import StreamedCrops, crop_stream
 from radio_nb.models.randomness import rng_shard, uniform
 from radio_nb.targets.bad_input import BadInput
@@ -281,3 +286,182 @@ def test_resize_gives_a_batch_another_size_or_itself():
     images = torch.rand(2, 3, 32, 48)
     assert resize(images, (32, 48)) is images and resize(images, [32, 48]) is images
     assert torch.equal(resize(images, 16), F.interpolate(images, (16, 16), mode='bilinear', antialias=True))
+
+
+def test_the_mask_of_a_crop_goes_with_it_into_the_batch(sources):
+    "Row 12: masks never reached a batch."
+    def half(image, size, random):
+        mask = torch.zeros(size, size, dtype=torch.bool)
+        mask[:, :random.integers(1, size)] = True
+        return random_crop(image, size, random), mask
+    for stream in (False, True):
+        crops = crops_of(sources[4], stream, crop=half)
+        none, two = (list(image_batches(crops, 6, 3, workers=workers)) for workers in (0, 2*stream))
+        for a, b in zip(none, two, strict=True):
+            assert a.masks.dtype == torch.bool and a.masks.shape == (6, 16, 16) and torch.equal(a.masks, b.masks)
+        assert len({batch.masks.sum().item() for batch in none}) > 1
+        part = next(image_batches(crops, 6, 3, rank=1, world=2))
+        assert torch.equal(part.masks, none[0].masks[1::2])
+        assert next(image_batches(crops_of(sources[4], stream), 6, 1)).masks is None
+    def small(image, size, random): return random_crop(image, 16, random), torch.ones(8, 8)
+    wrong = crops_of(sources[4], False, crop=small)
+    with pytest.raises(BadInput, match=r'a crop of \(3, 16, 16\) cannot have a mask of \(8, 8\)'): wrong[0]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(16, 200), st.integers(16, 200), st.integers(8, 64), st.integers(8, 64))
+def test_a_padded_crop_shows_all_of_an_image_and_says_where(width, height, h, w):
+    image, mask = padded_crop(Image.new('RGB', (width, height), 'red'), (h, w))
+    assert image.shape == (3, h, w) and mask.shape == (h, w)
+    red = (image == torch.tensor([255, 0, 0]).view(3, 1, 1)).all(0)
+    assert torch.equal(red, mask) and (image[:, ~mask] == 128).all()
+    rows, columns = mask.any(1), mask.any(0)
+    assert torch.equal(mask, rows[:, None] & columns) and (rows.all() or columns.all())
+
+
+@pytest.mark.parametrize('stream', ['', 'stream:'])
+def test_a_column_called_image_is_used_and_others_must_be_chosen(tmp_path, stream):
+    "Row 7: columns `mask`, `image` were trained on `mask`."
+    def table(name, *columns):
+        cells = {column: [{'bytes': encoded(i), 'path': None}] for i, column in enumerate(columns)}
+        Dataset.from_dict(cells, Features(dict.fromkeys(columns, ImageColumn()))).to_parquet(tmp_path/name)
+        return f'{stream}{tmp_path/name}'
+    def first(source): return next(iter(open_images(source)))['image']['bytes']
+    assert first(table('a.parquet', 'mask', 'image')) == encoded(1)
+    assert first(table('b.parquet', 'depth')) == encoded(0)
+    both = table('c.parquet', 'left', 'right')
+    with pytest.raises(BadInput, match=r'several columns of images \(left, right\): add #left'): open_images(both)
+    assert first(f'{both}#right') == encoded(1)
+    with pytest.raises(BadInput, match='of images called middle, but left, right'): open_images(f'{both}#middle')
+
+
+def grey(name, array, folder):
+    Image.fromarray(array).save(folder/name)
+    return {'path': f'{folder/name}', 'bytes': None}
+
+
+def test_deep_images_are_never_black_without_a_word(tmp_path):
+    "Row 7: float TIFFs became black."
+    ramp = np.tile(np.arange(256), (20, 1))
+    for scaled, kind in ((ramp*257, np.uint16), (ramp*257, np.int32), (ramp/255, np.float32)):
+        shown = decode(grey('x.tif', scaled.astype(kind), tmp_path))
+        assert (np.asarray(shown) == ramp[..., None]).all()
+    for values, kind, why in ((ramp, np.float32, 'has values from 0 to 255, and 0 to 1 are black to white'),
+                              (ramp/255 - .1, np.float32, 'has values from -0.1'),
+                              (ramp*np.nan, np.float32, 'has values from nan'),
+                              (ramp*70000, np.int32, 'and 0 to 65535 are black to white'),
+                              (ramp, np.uint16, 'is all but black: its largest value is 255 of 65535'),
+                              (ramp, np.int32, 'is all but black')):
+        with pytest.raises(Unreadable, match=why): decode(grey('x.tif', values.astype(kind), tmp_path))
+    assert not np.asarray(decode(grey('black.tif', np.zeros((20, 20), np.uint16), tmp_path))).any()   # as it was meant
+
+
+def reasons(folder):
+    "Why images cannot be used, by name."
+    wrong = {}
+    for row in open_images(str(folder))['image']:
+        try: decode(row)
+        except Unreadable as e: wrong[row['path'].rpartition('/')[2]] = str(e)
+    return wrong
+
+
+def test_what_looks_like_an_image_is_listed_even_if_it_cannot_be_opened(tmp_path):
+    "Rows 7 and 25: `.heic` was neither used nor listed; names that are not UTF-8 ended in a traceback."
+    (tmp_path/'good.png').write_bytes(encoded(1))
+    (tmp_path/'phone.HEIC').write_bytes(b'\0\0\0\x18ftypheic')
+    Image.new('RGB', (20, 20)).save(tmp_path/'thumbnail.tif')
+    (tmp_path/'thumbnail.tif').rename(tmp_path/'camera.nef')   # Pillow could open its preview
+    (tmp_path/'folder.png').mkdir()
+    (tmp_path/'nowhere.png').symlink_to(tmp_path/'gone.png')
+    (tmp_path/'loop').symlink_to(tmp_path)
+    os.mkfifo(tmp_path/'pipe.png')
+    with open(os.fsencode(tmp_path) + b'/caf\xe9.png', 'wb') as file: file.write(encoded(2))
+    wrong = reasons(tmp_path)
+    assert wrong.pop('phone.HEIC') == 'needs the package pillow-heif' or 'pillow_heif' in sys.modules
+    assert wrong == {'camera.nef': 'is a raw photograph, which has to be developed first',
+                     'caf\\xe9.png': 'has a name that is not UTF-8: rename it'}
+    batch = next(image_batches(Crops(open_images(str(tmp_path)), 16), 8, 1))
+    assert len(batch.images) == 8 and json.dumps(batch.skipped).encode()
+
+
+def test_a_bomb_is_skipped(tmp_path):
+    "Row 25."
+    file = BytesIO()
+    Image.new('1', (20000, 20000)).save(file, 'PNG')
+    (tmp_path/'bomb.png').write_bytes(file.getvalue())
+    (tmp_path/'good.png').write_bytes(encoded(1))
+    assert 'could be decompression bomb' in reasons(tmp_path)['bomb.png']
+
+
+@pytest.mark.parametrize('stream', ['', 'stream:'])
+def test_sources_that_are_no_source_are_refused_in_one_line(tmp_path, stream):
+    "Row 25: pipes, folders called `x.parquet`, files of no or too few bytes, loops and names too long."
+    whole = write(tmp_path/'whole', [encoded(i) for i in range(23)])
+    (tmp_path/'zero.parquet').touch()
+    (tmp_path/'cut.parquet').write_bytes((tmp_path/'whole'/'0.parquet').read_bytes()[:-200])
+    os.mkfifo(tmp_path/'pipe.parquet')
+    os.mkfifo(tmp_path/'pipe')
+    (tmp_path/'loop').symlink_to(tmp_path/'loop')
+    (tmp_path/'empty.parquet').mkdir()
+    names = {'zero.parquet': 'could not be loaded', 'cut.parquet': 'could not be loaded', 'pipe': 'holds neither',
+             'pipe.parquet': 'holds neither', 'loop': 'no such folder or file', 'empty.parquet': 'holds neither',
+             'x'*300: 'no such folder or file', 'caf\udce9': r'caf\\xe9 \(a data set'}
+    for name, message in names.items():
+        with pytest.raises(BadInput, match=message) as error: open_images(f'{stream}{tmp_path}/{name}')
+        assert '\n' not in str(error.value) and str(error.value).encode()
+    (tmp_path/'whole'/'nested.parquet').mkdir()
+    assert len(list(open_images(stream + whole))) == 23   # a folder is not a Parquet file
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    "Row 25: its images were left out without a word. (Root can read everything, so the refusal is made here.)"
+    (tmp_path/'good.png').write_bytes(encoded(1))
+    (tmp_path/'locked').mkdir()
+    scandir = os.scandir
+    def refuse(path):
+        if str(path).endswith('locked'): raise PermissionError(13, 'Permission denied', str(path))
+        return scandir(path)
+    monkeypatch.setattr(os, 'scandir', refuse)
+    with pytest.raises(BadInput, match='locked cannot be read: Permission denied'): open_images(str(tmp_path))
+
+
+def test_a_file_that_cannot_be_read_or_is_too_large_for_memory_is_skipped(tmp_path, monkeypatch):
+    "Row 25."
+    path = tmp_path/'x.png'
+    path.write_bytes(encoded(1))
+    for error, why in ((PermissionError(13, 'Permission denied', 'x.png'), 'Permission denied'),
+                       (MemoryError(), 'MemoryError'), (FileNotFoundError(2, 'No such file'), 'No such file')):
+        def refuse(*_, error=error): raise error
+        monkeypatch.setattr(Image, 'open', refuse)
+        with pytest.raises(Unreadable, match=f'^{why}$'): decode({'path': str(path), 'bytes': None})
+
+
+def test_a_parquet_file_of_the_same_name_and_time_is_read_again(tmp_path):
+    "Row 7: it was read from an old cache of `datasets`."
+    file = tmp_path/'[2020]*.parquet'   # to `datasets` a path is a pattern
+    def fill(shift):
+        write(tmp_path/'new', [encoded(i + shift) for i in range(4)])
+        file.write_bytes((tmp_path/'new'/'0.parquet').read_bytes())
+        os.utime(file, ns=(10**18, 10**18))
+    for shift in (0, 7):
+        fill(shift)
+        assert [row['bytes'] for row in open_images(str(file))['image']] == [encoded(i + shift) for i in range(4)]
+
+
+def test_a_fingerprint_tells_other_images_and_not_other_places(tmp_path):
+    "Row 4: renamed or changed images were not noticed on resuming."
+    for i in range(3):
+        (tmp_path/'a'/f'{i}').mkdir(parents=True)
+        (tmp_path/'a'/f'{i}'/'x.bmp').write_bytes(b'BM' + bytes([i]))
+    def prints(folder): return [images_fingerprint(open_images(f'{stream}{folder}')) for stream in ('', 'stream:')]
+    first = prints(tmp_path/'a')
+    shutil.copytree(tmp_path/'a', tmp_path/'b'/'c')
+    assert prints(tmp_path/'b'/'c') == prints(tmp_path/'b') == first
+    (tmp_path/'b'/'c'/'1'/'x.bmp').write_bytes(b'BM\xff')   # of the same size
+    assert not {*prints(tmp_path/'b')} & {*first}
+    (tmp_path/'a'/'1').rename(tmp_path/'a'/'9')
+    assert not {*prints(tmp_path/'a')} & {*first}
+    shifts = {'p': 0, 'q': 0, 'r': 1}
+    same, copy, other = (prints(write(tmp_path/name, [encoded(i + shift) for i in range(4)]))
+                         for name, shift in shifts.items())
+    assert same == copy and not {*same} & {*other}

@@ -13,18 +13,21 @@ import numpy as np
 import pytest
 import torch
 from children import Children, command
+from conftest import radio_nb
 from datasets import Dataset
 from datasets import Features as Columns
 from datasets import Image as ImageColumn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from scipy.stats import rankdata
 from torch.testing import assert_close
 
+import radio_nb as radio_nb_package
 from radio_nb.data.images import open_images
 from radio_nb.evaluation import suites
-from radio_nb.evaluation.compare import average_ranks, ranks
+from radio_nb.evaluation.compare import average_ranks, best_cells, compare_runs, comparison_table, ranks
 from radio_nb.evaluation.knn import knn_accuracy
 from radio_nb.evaluation.labelled import in_order, labelled_images
 from radio_nb.evaluation.scores import EvalData, Score, load_scores, save_scores
@@ -106,16 +109,16 @@ def test_all_suites_beside_teachers_and_others(mine, labelled, masks, capsys):
              '--k', 5, '--train', labelled/'train', '--test', labelled/'test', '--masks', masks/'train.parquet',
              '--test-masks', masks/'test.parquet', '--teachers-too', '--also', 'timm:test_vit@random#64')
     scores, printed = found(mine), capsys.readouterr().out
-    for model in ('student', 'u2netp', 'test_vit'):
+    for model in ('student', 'u2netp', 'test_vit@random'):
         for measure in ('knn', 'linear', 'segmentation mIoU'): assert 0 <= scores[model, measure].value <= 1
     assert {measure for who, measure in scores if who == 'student'} == {
         'explained, u2netp', 'mse, u2netp', 'cosine, u2netp', 'summary cosine, u2netp', 'error range, u2netp',
         'error range, normalized, u2netp', 'cka, u2netp', 'rankme, u2netp', 'knn', 'linear', 'segmentation mIoU'}
-    assert ('test_vit', 'cka, u2netp') in scores and ('u2netp', 'cka, u2netp') not in scores
+    assert ('test_vit@random', 'cka, u2netp') in scores and ('u2netp', 'cka, u2netp') not in scores
     assert ('u2netp', 'rankme, u2netp') in scores
     assert scores['student', 'knn'].total == 24 and scores['student', 'knn'].dataset.endswith('12 each, k = 5')
     assert all(score.n == score.total for score in scores.values())
-    assert 'segmentation mIoU' in printed and 'test_vit' in printed
+    assert 'segmentation mIoU' in printed and 'test_vit@random' in printed   # a table does not hide random weights
     page = (mine/'report.html').read_text()
     assert page.count('<section id=evaluation>') == 1 == page.count('<h2>Evaluation</h2>')
     assert 'segmentation mIoU' in page
@@ -194,6 +197,58 @@ def test_images_that_cannot_be_read_do_not_count(tmp_path, refused, mine):
     assert 'none of 1 images can be read; the first: ' in refused('evaluate', mine, '--images', tmp_path/'all')
 
 
+@pytest.mark.parametrize('suite', ['match', 'knn', 'linear', 'segmentation'])
+def test_features_that_are_not_finite_have_no_value(mine, refused, labelled, masks, suite):
+    "A probe of NaN and infinity would give some number, and exit 0."
+    weights = load_file(mine/'student.safetensors')
+    name, = (name for name in weights if name.startswith('backbone') and name.endswith('.norm.weight'))   # the last one
+    weights[name].fill_(3e38)   # finite itself; weights that are not are refused before
+    save_file(weights, mine/'student.safetensors')
+    said = refused('evaluate', mine, '--suite', suite, '--images', 'zoo:photos', '--limit', 4, '--k', 1,
+                   '--train', labelled/'train', '--test', labelled/'test',
+                   '--masks', masks/'train.parquet', '--test-masks', masks/'test.parquet')
+    assert 'of student are not finite: its weights are damaged' in said and not load_scores(mine)
+
+
+def test_evaluated_from_anywhere_and_without_trackers(tmp_path, monkeypatch, refused, labelled):
+    "A weight file with a relative path is looked for where the run was started; the tracker is not here at all."
+    import timm  # after radio_nb
+    project, elsewhere = tmp_path/'project', tmp_path/'elsewhere'
+    for folder in (project/'weights', elsewhere): folder.mkdir(parents=True)
+    save_file(timm.create_model('test_vit', num_classes=0).state_dict(), project/'weights'/'mine.safetensors')
+    flags = ['--teachers', 'timm:test_vit@weights/mine.safetensors#64', '--images', 'zoo:photos', '--size', 64,
+             '--depth', 1, '--steps', 2, '--statistics-steps', 2, '--batch-size', 4, '--head-width', 16]
+    done = radio_nb('distill', *flags, '--out', 'runs/a', cwd=project)
+    assert done.returncode == 0, done.stderr
+    run = project/'runs'/'a'
+    recipe = (run/'recipe.toml').read_text()
+    assert 'trackers = []' in recipe
+    (run/'recipe.toml').write_text(recipe.replace('trackers = []', 'trackers = ["swanlab"]'))
+    monkeypatch.chdir(elsewhere)
+    evaluate(run, '--images', labelled/'test', '--teachers-too')
+    assert ('student', 'explained, mine') in found(run)
+    (project/'weights'/'mine.safetensors').unlink()
+    said = refused('evaluate', run, '--images', labelled/'test')
+    assert f'no such weight file: {project/"weights"/"mine.safetensors"}, as weights/mine.safetensors is rel' in said
+
+
+def test_teachers_that_had_no_say_are_not_judged(tmp_path, labelled):
+    "A head that was never trained has no value: not in the table of the run, and not in those of evaluate."
+    run = radio_nb_package.distill(
+        images='zoo:photos', teachers=['zoo:u2netp#64', 'timm:test_vit@random#64', 'timm:test_convnext@random#64'],
+        spatial_weights=(1., 0., 0.), summary_weights=(1., 1., 0.), size=64, depth=1, steps=2, statistics_steps=2,
+        batch_size=4, head_width=16, hold_out=2, watch_every=0, out=str(tmp_path/'run'), live=False)
+    for by_student in run.match.values():
+        assert list(by_student['student']) == ['u2netp', 'test_vit@random']
+        assert list(by_student['student']['test_vit@random']) == ['summary_cosine']
+    assert 'convnext' not in str(run) and '–' in str(run)
+    page = run.report().read_text()
+    assert 'From top to bottom: the image; u2netp, then the student for it.' in page and '<td>test_convnext' not in page
+    evaluate(run.out, '--images', labelled/'test')
+    measures = [measure for who, measure in found(run.out) if who == 'student' and 'u2netp' not in measure]
+    assert measures == ['summary cosine, test_vit@random']
+
+
 def interrupt(at, what, *args):
     "The command, sent SIGINT by the step `at` of the work called `what`."
     def progress(self, step, note='', before=suites.Progress.__call__):
@@ -209,6 +264,7 @@ def interrupt(at, what, *args):
     (1, 'summaries of student', {}),
     (5, 'zoo:photos', {'explained, u2netp': 5}),
     (14, 'summaries of u2netp', None),
+    (3, 'linear probe of student', {}),   # the vote is known, and a probe that was not finished has no value
 ])
 def test_ctrl_c_leaves_what_is_known(mine, labelled, tmp_path, at, what, partial):
     child = Children(1, tmp_path/'log', interrupt, at, what, 'evaluate', mine, '--suite', 'match', 'knn', 'linear',
@@ -218,6 +274,9 @@ def test_ctrl_c_leaves_what_is_known(mine, labelled, tmp_path, at, what, partial
     assert 'Traceback' not in printed and 'stopped; what was found until then is in' in printed
     if partial is None:   # in the last batch: all of it is known
         assert all(score.n == score.total for score in scores.values()) and ('u2netp', 'linear') in scores
+        return
+    if what.startswith('linear'):
+        assert scores['student', 'knn'].n == scores['student', 'knn'].total and ('student', 'linear') not in scores
         return
     cut = {measure: score.n for (who, measure), score in scores.items() if who == 'student' and score.n < score.total}
     assert partial.items() <= cut.items()
@@ -357,14 +416,33 @@ def test_compare(tmp_path, capsys, monkeypatch):
     cli.main(['compare', *map(str, runs), '--out', 'all.json'])
     lines = {line.split('  ')[0]: line.split()[-5:] for line in capsys.readouterr().out.splitlines()}
     assert lines['knn on pets'] == ['0.750', '±', '0.177', '0.875', '0.750']
+    assert lines['average rank'][-4] == 'lower' and lines['knn on pets'] != lines['mse, clip on pets']
     assert lines['average rank'][-3:] == ['1.83', '2.00', '2.17']
     assert lines['average rank, knn'][-3:] == ['2.50', '1.00', '2.50']
     written = json.loads(Path('all.json').read_text())
     assert written['table']['knn on pets']['a (2 seeds)'] == {'mean': .75, 'std': pytest.approx(.125*2**.5), 'n': 2}
     assert_close(written['average ranks']['all'], {'a (2 seeds)': 5.5/3, 'b': 2., 'c': 6.5/3})
     cli.main(['compare', 'b', 'c', '--out', 'all.html'])
-    assert '0.875' in Path('all.html').read_text()
+    page = Path('all.html').read_text()
+    assert '<td>knn [1]</td><td>higher</td><td><b>0.875</b></td><td>0.750</td>' in page and '<p>[1] pets</p>' in page
+    assert '<td>mse, clip [1]</td><td>lower</td><td>0.300</td><td><b>0.100</b></td>' in page
     assert {p.name for p in Path().iterdir()} == {'a-0', 'a-1', 'b', 'c', 'all.json', 'all.html'}
+
+
+def test_ranks_are_averaged_within_suites_first_and_not_over_different_units():
+    """By hand. The match has two measures, both for a: its ranks there are 1 and 2. Neighbours are for b: 2 and 1.
+    Over the suites both have 1.5; over all measures a would have 4/3. The normalized error range, far smaller for b,
+    has no say: its unit is another for every method."""
+    def scored(explained, mse, knn, error):
+        named = {'explained, clip': explained, 'mse, clip': mse, 'error range, normalized, clip': error}
+        match = [Score('student', name, value, 9, 9, 'match', 'pets') for name, value in named.items()]
+        return [*match, Score('student', 'knn', knn, 9, 9, 'knn', 'pets')]
+    compared = compare_runs({'a': scored(.6, .1, .7, 99.), 'b': scored(.5, .2, .8, 1.)}, [['a'], ['b']])
+    assert compared.ranks == {'match': {'a': 1., 'b': 2.}, 'knn': {'a': 2., 'b': 1.}, 'all': {'a': 1.5, 'b': 1.5}}
+    header, rows = comparison_table(compared)
+    assert header == ['measure', 'better', 'a', 'b']
+    assert [row[1] for row in rows] == ['higher', 'lower', '–', 'higher'] + ['lower']*3
+    assert best_cells(compared) == {(0, 2), (1, 2), (3, 3), (4, 2), (5, 3), (6, 2), (6, 3)}
 
 
 def test_partial_scores_are_not_compared(tmp_path, capsys, monkeypatch):

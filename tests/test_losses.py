@@ -3,6 +3,7 @@ and what a missing term must not spoil."""
 import io
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import torch
@@ -11,12 +12,13 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from radio_nb.losses.balancing import BALANCES, AdaLoss, UncertaintyWeights
-from radio_nb.losses.losses import SPATIAL_LOSSES, same_grid, spatial_loss, summary_loss
+from radio_nb.losses.losses import GRIDS, SPATIAL_LOSSES, same_grid, spatial_loss, summary_loss
 from radio_nb.losses.methods import METHODS
 from radio_nb.losses.multi_teacher import MultiTeacherLoss
 from radio_nb.targets.bad_input import BadInput
 from radio_nb.targets.features import Features, resample
 from radio_nb.targets.phi_s import KINDS
+from radio_nb.training.recipe import Recipe
 
 sizes = st.tuples(st.integers(1, 7), st.integers(1, 7))
 kinds = st.sampled_from(sorted(SPATIAL_LOSSES))
@@ -44,11 +46,14 @@ def one_position(kind, x, y):
 
 @settings(deadline=None, max_examples=40)
 @given(kinds, sizes, st.integers(2, 6), st.integers(0, 99))
-def test_the_loss_is_the_mean_of_the_positions_that_count(kind, size, width, seed):
+def test_the_loss_of_an_image_is_the_mean_of_its_positions_that_count(kind, size, width, seed):
+    "And every image counts the same, so that a batch may be divided."
     x, y, mask = normal(seed, 2, *size, width), normal(seed + 100, 2, *size, width), random_mask(seed, 2, *size)
-    losses = [one_position(kind, a, b) for a, b in zip(x[mask], y[mask])]
-    expected = torch.tensor(sum(losses)/max(len(losses), 1), dtype=torch.float64)
+    by_image = [[one_position(kind, a, b) for a, b in zip(x[i][mask[i]], y[i][mask[i]])] for i in range(2)]
+    expected = torch.tensor(sum(sum(losses)/max(len(losses), 1) for losses in by_image)/2, dtype=torch.float64)
     assert_close(spatial_loss(x, y, kind, mask), expected)
+    halves = [spatial_loss(x[i:i+1], y[i:i+1], kind, mask[i:i+1]) for i in range(2)]
+    assert_close(sum(halves)/2, expected)
 
 
 @settings(deadline=None, max_examples=60)
@@ -146,35 +151,57 @@ def test_every_combination_under_autocast(method, balance):
 def test_ada_averages_what_each_term_has_seen(steps, momentum):
     ada, seen = AdaLoss(['a', 'b'], momentum), {'a': [], 'b': []}
     for t, step in enumerate(steps, 1):
-        terms = {name: torch.tensor(float(t)) for name in ('ab' if step in ('both', 'nan') else step)}
-        if step == 'nan': terms['b'] = torch.tensor(float('nan'))
-        assert set(ada(terms)) == set(terms)
+        terms = {name: float(t) for name in ('ab' if step in ('both', 'nan') else step)}
+        if step == 'nan': terms['b'] = float('nan')
+        ada.update(terms)
+        assert set(ada({name: torch.tensor(value) for name, value in terms.items()})) == set(terms)
         for name, value in terms.items():
-            if value.isfinite(): seen[name].append(value.item())
+            if value == value: seen[name].append(value)
+    assert ada.without_average() == {name for name, values in seen.items() if not values}
     for name, average in zip(ada.names, ada.average):
         weights = [momentum**i for i in reversed(range(len(seen[name])))]
         expected = sum(w*v for w, v in zip(weights, seen[name]))/sum(weights) if weights else 0
         assert_close(average.item(), float(expected), rtol=1e-4, atol=0)
 
 
-def test_ada_in_evaluation_and_with_accumulated_gradients():
-    ada, x = AdaLoss(['a']), torch.ones(2, requires_grad=True)
-    first = ada({'a': x.sum()})['a']
-    second = ada({'a': 2*x.sum()})['a']  # moves the averages before the first is differentiated
-    first.backward()
+def test_ada_divides_by_what_was_before_and_by_itself_at_first():
+    ada, x = AdaLoss(['a', 'b']), torch.ones(2, requires_grad=True)
+    ada.begin({'a': 4.})
+    balanced = ada({'a': 2*x.sum(), 'b': x.sum()})   # b has nothing to be divided by
+    assert_close(balanced, {'a': torch.tensor(1.), 'b': torch.tensor(2.)})
+    ada.update({'a': 8.})
+    ada.begin({'a': 1.})   # too late: it has an average
+    balanced['a'].backward()   # the averages have moved since
     assert_close(x.grad, torch.full((2,), .5))
-    before = ada.eval().average.clone()
-    assert_close(ada({'a': 2*x.sum()})['a'], 4/before[0])
-    assert torch.equal(ada.average, before) and second.isfinite()
+    assert ada.average.tolist() == [8, 0] and ada.steps.tolist() == [1, 0]
 
 
-def test_ada_before_its_first_average_and_with_no_momentum():
-    ada = AdaLoss(['a', 'b'])
-    ada({'a': torch.tensor(4.)})
-    balanced = ada.eval()({'a': torch.tensor(2.), 'b': torch.tensor(3.)})   # b has no average yet
-    assert_close(balanced, {'a': torch.tensor(.5), 'b': torch.tensor(3.)})
+def test_a_loss_of_nothing_does_not_blow_up_the_next():
+    "A batch of padding alone has a loss of 0, which nothing may be divided by."
+    ada = AdaLoss(['a'])
+    ada.update({'a': 0.})
+    assert ada({'a': torch.tensor(3.)})['a'] == 3
+
+
+def test_ada_wants_a_momentum_and_knows_its_terms():
     for momentum in (0, 1, -.5):
         with pytest.raises(ValueError, match='momentum must lie between 0 and 1'): AdaLoss(['a'], momentum)
+    for method in (AdaLoss(['a']).update, AdaLoss(['a']).begin):
+        with pytest.raises(BadInput, match="unknown term 'b'"): method({'b': 1.})
+
+
+def test_a_log_with_other_terms_is_no_harm_to_ada():
+    "The terms of rate–distortion modules, and those of weight 0, are not balanced."
+    criterion = MultiTeacherLoss('mse', {'a': 0}, {'a': 1}, 'ada')
+    assert criterion.needs_begin(['a']) and not criterion.needs_begin(['b'])
+    criterion.update({'a': {'spatial': 2., 'R=10': 5.}})
+    assert criterion.balance.average.tolist() == [2] and not criterion.needs_begin(['a'])
+    assert not MultiTeacherLoss('mse', {'a': 1}, {'a': 1}).needs_begin(['a'])
+
+
+def test_the_recipe_offers_the_grids_that_there_are():
+    "PHI-S's own choice of a grid can be asked for."
+    assert get_args(Recipe.__annotations__['grid']) == GRIDS
 
 
 def test_a_missing_term_leaves_uncertainty_finite():
@@ -188,7 +215,7 @@ def test_state_travels_through_a_file_and_does_not_mind_the_order(balance):
     x, y = Features(normal(0, 2, 4), normal(1, 2, 2, 2, 4)), Features(normal(2, 2, 4), normal(3, 2, 2, 2, 4))
     z = Features(y.summary, 60*y.spatial)
     one = MultiTeacherLoss('mse', {'a': 1, 'b': 1}, {'a': 1, 'b': 1}, balance)
-    one({'a': x, 'b': x}, {'a': y, 'b': z})
+    one.update(one({'a': x, 'b': x}, {'a': y, 'b': z})[1])
     file = io.BytesIO()
     torch.save(one.state_dict(), file)
     file.seek(0)

@@ -115,6 +115,23 @@ def test_a_stream_gives_what_the_whole_gives(seed, C, sizes, mean):
     assert_close(found['error_range_normalized'], width((x - y)*normalizer.weight), rtol=1e-6, atol=1e-9)
 
 
+@quick
+@given(seeds, st.lists(st.integers(1, 9), min_size=1, max_size=4), st.floats(0, 1e6), st.floats(-1e6, 1e6))
+def test_a_match_keeps_small_variances_beside_large_means(seed, sizes, mean, offset):
+    "Variances and explained variance against two passes of NumPy, where sums of squares lose every digit."
+    torch.manual_seed(seed)
+    grids, match = [], Match()
+    for n in [2, *sizes]:
+        y = mean + .01*normal(n, 2, 2, 5)
+        x = (y + offset + torch.linspace(.1, 1, 5)*normal(n, 2, 2, 5)).float()
+        match.update(Features(x.mean((1, 2)), x), Features(y.mean((1, 2)), y))
+        grids.append((x.double().reshape(-1, 5).numpy(), y.reshape(-1, 5).numpy()))
+    x, y = (np.concatenate(rows) for rows in zip(*grids))
+    variances, result = (x - y).var(0), match.result()
+    assert result['error_range'] == pytest.approx(variances.max() - variances.min(), rel=1e-7)
+    assert result['explained'] == pytest.approx(1 - ((x - y)**2).mean()/y.var(0).mean(), rel=1e-6, abs=1e-6)
+
+
 def test_other_measures_stay_and_the_expensive_ones_are_optional():
     x, y = grids(torch.randn(16, 3)), grids(torch.randn(16, 3))
     def measured(*args, **kwargs):

@@ -72,3 +72,18 @@ def test_trackers_do_not_make_another_run(tmp_path):
     (tmp_path/'run'/'checkpoints'/'00000002.pt').unlink()
     run_recipe(recipe, resume=True)
     assert list(scalars(recipe.out, 'loss')) == [1, 2]
+
+
+def test_trackers_are_told_the_project_the_run_and_numbers_as_numbers(tmp_path, monkeypatch):
+    "Row 33: the project was fixed, the run had no name, and every number was a text."
+    from radio_nb.training.train import start_trackers
+    told = {}
+    class Accelerator:
+        def init_trackers(self, project, config, names): told.update(project=project, config=config, names=names)
+    class Running:
+        recipe = Recipe('zoo:photos', ('zoo:u2netp',), 'runs/mine', project='birds', trackers=('wandb', 'tensorboard'))
+        out, accelerator = tmp_path/'mine', Accelerator()
+    start_trackers(Running())
+    assert told['project'] == 'birds' and told['names'] == {'wandb': {'name': 'mine'}}
+    assert told['config']['lr'] == 1e-3 and told['config']['steps'] == 1000 and told['config']['draft'] is False
+    assert all(isinstance(value, (int, float, str)) for value in told['config'].values())

@@ -8,17 +8,21 @@ import torch
 from children import Children, command, small_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
-from radio_nb.data.crops import Batch
+from radio_nb.data.crops import Batch, Crops, padded_crop, random_crop
+from radio_nb.data.images import open_images
 from radio_nb.losses.multi_teacher import MultiTeacherLoss
 from radio_nb.models.student import Student
 from radio_nb.targets.bad_input import BadInput
 from radio_nb.targets.features import Features
+from radio_nb.targets.moments import Moments
 from radio_nb.targets.normalizers import Normalizer
+from radio_nb.training.distributed import new_accelerator
 from radio_nb.training.recipe import Partition, Recipe, Stage, read_recipe
 from radio_nb.training.stages import BatchPartition, StagePlan, plan_stages
-from radio_nb.training.statistics import Source, load_normalizers
-from radio_nb.training.train import new_distill_step, new_student, run_recipe
+from radio_nb.training.statistics import Source, check_counts, load_normalizers, take_statistics
+from radio_nb.training.train import Inputs, new_distill_step, new_student, run_recipe
 from radio_nb.training.trainer import DistillStep, Trainer
 
 TOML = '''
@@ -193,3 +197,75 @@ def test_a_teacher_that_changes_its_width_within_a_run_is_named():
     with pytest.raises(BadInput, match=message): trainer(batch)
     weights = trainer.state_dict()['weights']
     assert trainer.step == 2 and all(torch.equal(before[key], tensor) for key, tensor in weights.items())
+
+
+def patch_teacher(images):
+    "Averages of patches of 8 pixels, which see nothing of their neighbours."
+    grid = torch.nn.functional.avg_pool2d(images, 8).movedim(1, -1)
+    return Features(grid.mean((1, 2)), grid)
+
+
+def left_half(colour, masked=True):
+    "A crop whose right half is padding, but for eight columns that belong to no whole patch."
+    def crop(image, size, random):
+        pixels = random_crop(image, size, random)
+        mask = torch.arange(pixels.shape[-1]).expand(pixels.shape[-2:]) < 36
+        padded = pixels.masked_fill(~mask, colour)
+        return (padded, mask) if masked else padded
+    return crop
+
+
+def statistics_of(out, crop, **fields):
+    "What a run would write of `patch_teacher` for such crops."
+    out.mkdir()
+    recipe = Recipe('zoo:photos', ('zoo:patches',), str(out), size=64, batch_size=4, statistics_steps=3, **fields)
+    plan, crops = plan_stages(recipe, ['patches'])[0], Crops(open_images('zoo:photos'), 64, crop=crop)
+    source = Source(plan.parts[0], crops, {'patches': patch_teacher})
+    take_statistics(recipe, plan, [source], out, new_accelerator(torch.device('cpu')), torch.device('cpu'))
+    return load_file(out/'statistics.safetensors')
+
+
+def test_statistics_leave_out_the_padding(tmp_path):
+    "They are those of the region that is not padded, and normalizers and modules are fitted to it alone."
+    information = {'information': (10., 1.), 'information_steps': 3}
+    black, white = (statistics_of(tmp_path/str(c), left_half(c), **information) for c in (0, 255))
+    crops, vectors = Crops(open_images('zoo:photos'), 64), []
+    for i in range(12): vectors.append(patch_teacher(crops[i].image[None]/255).spatial[0, :, :4].reshape(-1, 3))
+    vectors = torch.cat(vectors).double()
+    torch.testing.assert_close(black['patches.mean'], vectors.mean(0))
+    torch.testing.assert_close(black['patches.variance'], vectors.var(0, correction=0))
+    for key in black:
+        if not key.endswith('summary'): assert torch.equal(black[key], white[key]), key   # a summary sees everything
+    unmasked = statistics_of(tmp_path/'unmasked', left_half(255, masked=False))
+    assert (unmasked['patches.variance'] > 1.5*black['patches.variance']).all()
+
+
+def test_masks_that_leave_nothing_are_refused_with_the_teacher_s_name(tmp_path):
+    def nothing(image, size, random): return random_crop(image, size, random), torch.zeros(64, 64, dtype=torch.bool)
+    with pytest.raises(BadInput, match='teacher patches: no patch of its grid lies within an image'):
+        statistics_of(tmp_path/'nothing', nothing)
+
+
+@pytest.mark.parametrize('accumulate', [1, 2])
+def test_a_run_learns_from_padded_crops(tmp_path, accumulate):
+    "From a crop that pads to a finished student, with the masks cut into microbatches."
+    recipe = Recipe('zoo:photos', ('zoo:u2netp#64',), str(tmp_path/'run'), size=64, batch_size=4, statistics_steps=2,
+                    steps=2, depth=1, head_width=16, device='cpu', accumulate=accumulate, information=(10.,),
+                    information_steps=2, watch_every=1)
+    run_recipe(recipe, inputs=Inputs(crop=padded_crop))
+    assert (tmp_path/'run'/'student.safetensors').exists()
+
+
+@pytest.mark.parametrize('method, warns', [('zca', True), ('pca', True), ('hca', True), ('phi-s', False),
+                                           ('standardize', False), ('mse', False)])
+def test_too_few_statistics_for_a_method_are_named_with_the_cure(tmp_path, capsys, method, warns):
+    "Here 3 × 4 images of 8 × 8 positions are 256 vectors for each of 3 channels, and 3 × 4 of one position are 4."
+    statistics_of(tmp_path/'enough', random_crop, method=method)
+    assert 'fitted from' not in capsys.readouterr().err
+    few = Moments(3, 'teacher patches').update(torch.randn(12, 3))
+    check_counts(Recipe('', ('',), '', method=method, statistics_steps=3), 'patches', few)
+    error = capsys.readouterr().err
+    assert bool(error) == warns
+    if warns:
+        assert error == (f'teacher patches: {method} is fitted from 4 vectors for each of 3 channels, and wants 50 or '
+                         'more: try --statistics-steps 38\n')

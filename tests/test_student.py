@@ -1,5 +1,6 @@
 "The student: windows and pyramids against oracles, what the optimizer decays, and that it compiles and exports."
-import subprocess  # noqa: I001
+import json  # noqa: I001
+import subprocess
 import sys
 
 import radio_nb  # noqa: F401  before timm, so that torchvision can be imported
@@ -16,7 +17,7 @@ from torch.testing import assert_close
 from radio_nb.cifd.controlled_flow import TokenBottleneck
 from radio_nb.front.cli import main
 from radio_nb.models.backbones import Transformer, find_network, new_backbone
-from radio_nb.models.student import Head, Student
+from radio_nb.models.student import Head, Student, check_microbatch
 from radio_nb.models.tokens import from_windows, into_windows, windowed, windowed_blocks
 from radio_nb.targets.bad_input import BadInput
 
@@ -262,3 +263,127 @@ def test_a_student_is_loaded_without_what_only_training_and_reports_need():
               'print({"open_clip", "datasets", "plotly", "radio_nb.cifd"} & sys.modules.keys())')
     done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True)
     assert done.stdout == 'set()\n'
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('name, options', [
+    ('vit_tiny_patch16_224', {}), ('vit_tiny_patch16_224', {'stem': 'resnet10t', 'windows': (2,)}), ('resnet10t', {})])
+def test_it_runs_in_half_of_the_precision_on_a_cpu(name, options, training):
+    "Row 28: positions could not be resized in bfloat16 there. Images of any precision will do."
+    student, images = small(name, **options).train(training), torch.rand(2, 3, 64, 96)
+    torch.manual_seed(1)
+    with torch.no_grad(): expected = student(images)['clip'].spatial
+    student.to(torch.bfloat16)
+    for pixels in (images, images.bfloat16(), images.double()):
+        torch.manual_seed(1)
+        with torch.no_grad(): spatial = student(pixels)['clip'].spatial
+        assert spatial.dtype == torch.bfloat16
+        if not training: assert (spatial - expected).norm() < .05*expected.norm()
+
+
+def test_positions_of_double_precision_keep_it():
+    backbone = small().double().eval().backbone
+    with torch.inference_mode(): positions = backbone.positions(1, 5, 7)
+    assert positions.dtype == torch.float64 and (positions - positions.float()).abs().max() > 0
+
+
+@pytest.mark.parametrize('name, options', [*COMPILED, ('convnext_atto', {})])
+def test_an_exported_student_takes_batches_of_any_size(name, options):
+    "Row 28: the length of the batch was frozen by a teacher without a summary."
+    student = small(name, **options).eval()
+    sizes = {'images': {0: torch.export.Dim('batch', max=64)}}
+    program = torch.export.export(student, (torch.rand(2, 3, 64, 96),), dynamic_shapes=sizes).module()
+    for n in (1, 2, 7):
+        images = torch.rand(n, 3, 64, 96)
+        with torch.inference_mode(): theirs, ours = program(images), student(images)
+        for teacher in TEACHERS: assert_close(tuple(theirs[teacher]), tuple(ours[teacher]))
+
+
+def test_onnx_with_a_batch_of_any_size(tmp_path):
+    "Row 28."
+    runtime = pytest.importorskip('onnxruntime')
+    pytest.importorskip('onnxscript')
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.student = small().eval()
+        def forward(self, images): return self.student(images)['sam'].spatial
+    flat, sizes = Flat(), {'images': {0: torch.export.Dim('batch', max=64)}}
+    torch.onnx.export(flat, (torch.rand(2, 3, 64, 96),), tmp_path/'student.onnx', dynamo=True, dynamic_shapes=sizes)
+    session = runtime.InferenceSession(tmp_path/'student.onnx')
+    for n in (1, 2, 7):
+        images = torch.rand(n, 3, 64, 96)
+        theirs, = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        with torch.inference_mode(): assert_close(torch.from_numpy(theirs), flat(images), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('name, options, learns', [
+    ('resnet10t', {}, True), ('convnext_atto', {}, False), ('vit_tiny_patch16_224', {}, False),
+    ('vit_tiny_patch16_224', {'stem': 'resnet10t'}, False), ('mobilenetv3_small_050', {}, True)])
+def test_a_single_image_is_refused_where_batch_normalization_learns(name, options, learns):
+    "Row 25; a stem rests, whether it has been told so yet or not."
+    student = small(name, **options)
+    check_microbatch(student, 2)
+    if not learns: return check_microbatch(student, 1)
+    with pytest.raises(BadInput, match='cannot learn from 1 image at a time: raise batch_size or lower accumulate'):
+        check_microbatch(student, 1)
+
+
+def cut(path, size): path.write_bytes(path.read_bytes()[:size])
+
+
+def changed(path, **values): path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+SPOILED = {
+    'no weights': (lambda f: (f/'student.safetensors').unlink(), 'no such file: .*student.safetensors: copy the'),
+    'half of the weights': (lambda f: cut(f/'student.safetensors', 9999), 'student.safetensors is damaged'),
+    'no byte of weights': (lambda f: cut(f/'student.safetensors', 0), 'student.safetensors is damaged'),
+    'half a configuration': (lambda f: (f/'config.json').write_text('{"backbone": "vit'), 'config.json is damaged'),
+    'a configuration of something else': (lambda f: (f/'config.json').write_text('{"model_type": "bert"}'),
+                                          'config.json describes no student: it names no backbone'),
+    'a list': (lambda f: (f/'config.json').write_text('[1]'), 'config.json describes no student'),
+    'bytes': (lambda f: (f/'config.json').write_bytes(b'\xff\xfe\x00'), 'config.json is damaged'),
+    'a newer version': (lambda f: changed(f/'config.json', experts=8), 'another version .* does not know experts'),
+    'another backbone': (lambda f: changed(f/'config.json', backbone='vit_small_patch16_224'),
+                         'do not fit Student: .*of another shape: backbone'),
+    'an unknown backbone': (lambda f: changed(f/'config.json', backbone='vit_tinyy'), 'did you mean vit_tiny_patch16'),
+    'text for a number': (lambda f: changed(f/'config.json', depth='three'), 'config.json describes no student'),
+    'a number for teachers': (lambda f: changed(f/'config.json', teachers=3), 'config.json describes no student'),
+}
+
+
+@pytest.mark.parametrize('how', SPOILED)
+def test_a_damaged_student_is_refused_in_one_line(how, tmp_path):
+    "Row 22: files cut short, missing, foreign or of another version."
+    spoil, message = SPOILED[how]
+    small().save_pretrained(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(BadInput, match=message) as refused: Student.from_pretrained(tmp_path)
+    assert '\n' not in str(refused.value) and (str(tmp_path) in str(refused.value) or 'unknown' in how)
+
+
+def test_a_student_that_is_not_finite_is_named_when_it_is_loaded(tmp_path):
+    "Row 6: it was evaluated."
+    student = small()
+    student.spatial_heads[1][0].bias.data[3] = torch.nan
+    student.save_pretrained(tmp_path)
+    with pytest.raises(BadInput, match='student.safetensors has NaN in spatial_heads.1.0.bias'):
+        Student.from_pretrained(tmp_path)
+
+
+def test_a_student_of_an_earlier_version_is_loaded(tmp_path):
+    "Its weights have no fingerprint beside them."
+    from safetensors.torch import save_file
+    student = small().eval()
+    student.save_pretrained(tmp_path)
+    save_file(student.state_dict(), tmp_path/'student.safetensors')
+    images = torch.rand(1, 3, 64, 64)
+    with torch.inference_mode():
+        assert_close(Student.from_pretrained(tmp_path)(images)['sam'].spatial, student(images)['sam'].spatial)
+
+
+def test_a_full_disk_is_refused_in_one_line_when_a_student_is_saved(tmp_path):
+    (tmp_path/'file').touch()
+    with pytest.raises(BadInput, match='the student could not be written to .*file'):
+        small().save_pretrained(tmp_path/'file')

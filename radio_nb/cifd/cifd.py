@@ -18,7 +18,7 @@ from ..targets.moments import Moments
 from ..targets.normalizers import eigenbasis
 from ..losses.losses import spatial_loss
 from .rate_distortion import RateDistortion, fit_modules, gaussian_bits, measure_modules
-from .controlled_flow import Bottleneck, ControlledFlowLoss, ModelOutput, rate_penalty
+from .controlled_flow import ControlledFlowLoss, ModelOutput, rate_penalty
 
 # %% ../../nbs/cifd/02_cifd.ipynb #31615691
 CODE = 256  # the most channels that a code may have
@@ -74,13 +74,14 @@ class CIFDLoss(nn.Module):
         bottleneck:float=1e-3,              # the penalty for each nat of a vector of the student
         dropout:float=.25,                  # how often a teacher or a module is left out of a step
         kind:str='mse',                     # of the distance, a key of `SPATIAL_LOSSES`
+        grid:str='larger',                  # see `same_grid`
     ):
         super().__init__()
         self.names, self.coders = list(modules), nn.ModuleList(modules.values())
         self.weights, self.nat = weights, bottleneck
         self.rates = [f'R={rate:g}' for rate in self.coders[0].rates.tolist()]
         sources = {'teacher': 1.} | dict.fromkeys(self.rates, weight/len(self.rates))
-        self.loss = ControlledFlowLoss(sources, dropout=dropout, distance=partial(spatial_loss, kind=kind))
+        self.loss = ControlledFlowLoss(sources, dropout=dropout, distance=partial(spatial_loss, kind=kind, grid=grid))
 
     def train(self, mode:bool=True):
         "Modules stay in evaluation mode: they round."
@@ -95,17 +96,19 @@ class CIFDLoss(nn.Module):
     def forward(self,
         students:dict[str, Features],      # the student's features, by teacher
         targets:dict[str, Features],       # the teachers' features, normalized
-        bottleneck:Bottleneck|None=None,   # the student's, after its forward pass, of which `bits` are read
+        bits:Tensor|None=None,             # of the vectors in the student's bottleneck, where it has one
         kept:dict|None=None,               # from `kept`
         scale:dict[str, float]|None=None,  # by teacher, a factor for this call, 1 without it
         share:float=1.,                    # of the batch that this call is about, for the penalty
+        masks:dict[str, Tensor]|None=None, # by teacher, see `spatial_loss`
     )->tuple[Tensor, dict[str, dict[str, Tensor]]]: # the loss; and for a log, by teacher and module
         "The distances to the compressed teachers, and the penalty for the student's bits."
-        kept, scale, terms, total = kept or self.kept(), scale or {}, {name: {} for name in targets}, 0
+        kept, scale, masks, terms, total = kept or self.kept(), scale or {}, masks or {}, {n: {} for n in targets}, 0
         for name, coder in zip(self.names, self.coders):
             if name not in targets or not self.weights[name]: continue
             sources = dict(zip(self.rates, map(ModelOutput, compressed(coder, targets[name].spatial))))
-            loss, terms[name] = self.loss(ModelOutput(students[name].spatial), sources, kept=kept[name])
+            output = ModelOutput(students[name].spatial)
+            loss, terms[name] = self.loss(output, sources, kept=kept[name], mask=masks.get(name))
             total = total + scale.get(name, 1)*self.weights[name]*loss
-        if bottleneck is not None: total = total + share*rate_penalty(bottleneck.bits, self.nat)
+        if bits is not None: total = total + share*rate_penalty(bits, self.nat)
         return total, terms

@@ -79,10 +79,10 @@ def rate_penalty(
 class ControlledFlowLoss(nn.Module):
     "The distances to a teacher and its compressed versions, labels, and the penalty for the student's own bits (CIFD)."
     def __init__(self,
-        weights:dict[str, float],             # of the distance to every source, the teacher among them
+        weights:dict[str, float],             # λ_k of every source, the teacher among them, for both of its terms
         bottleneck:float=1e-3,                # λ_I, for each nat of a vector
         labels:float=1.,                      # λ_CE
-        soft_labels:float=1.,                 # λ_KL
+        soft_labels:float=1.,                 # λ_KL, times λ_k
         temperature:float=1.,
         dropout:float=.25,                    # how often a source is left out of a step, while training
         distance:Callable=F.mse_loss,         # of two embeddings, a scalar
@@ -102,17 +102,18 @@ class ControlledFlowLoss(nn.Module):
         bits:Tensor|None=None,           # of the student's bottleneck, of any shape
         labels:Tensor|None=None,         # (B,)
         kept:dict[str, bool]|None=None,  # which sources to learn from; drawn at random without it
+        **options,                       # passed on to the distance
     )->tuple[Tensor, dict[str, Tensor]]: # the loss; and every term for a log, unweighted, those left out too
         "The loss of a step."
         for name in sources:
             if name not in self.weights: raise unknown('source', name, list(self.weights))
         kept, terms, total = kept or self.kept(), {}, 0
         for name, source in sources.items():
-            terms[name] = self.distance(student.embedding, source.embedding)
+            terms[name] = self.distance(student.embedding, source.embedding, **options)
             if kept[name]: total = total + self.weights[name]*terms[name]
             if labels is None: continue
             terms[f'{name} soft'] = soft_label_loss(student.logits, source.logits, self.temperature)
-            if kept[name]: total = total + self.soft_labels*terms[f'{name} soft']
+            if kept[name]: total = total + self.weights[name]*self.soft_labels*terms[f'{name} soft']
         if labels is not None:
             terms['labels'] = F.cross_entropy(student.logits.float(), labels)
             total = total + self.labels*terms['labels']

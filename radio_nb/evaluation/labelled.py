@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..targets.features import Features
 from ..targets.bad_input import BadInput
-from ..data.images import dataset_of_files, image_files, open_images, parquet_files
+from ..data.images import dataset_of_files, image_files, open_images
+from ..data.images import parquet_arguments, parquet_files, split_column
 from ..data.crops import Crops, centre_crop, image_batches
 from ..data.files import Progress
 
@@ -26,7 +27,7 @@ def _load_arguments(source):
         name, _, split = source[3:].partition(':')
         return dict(path=name, split=split or 'train')
     files = parquet_files(Path(source))
-    return dict(path='parquet', data_files=files, split='train') if files else None
+    return parquet_arguments(files) if files else None
 
 def _label_column(rows, source):
     "The name of the column with the classes: `label`, or the only one of the type `ClassLabel`."
@@ -65,12 +66,13 @@ def labelled_images(
     "Open images that have classes. Raises `BadInput` where there are none, or one that is not among the names."
     if source.startswith('stream:'): raise BadInput(f'{source}: labelled images are not streamed; leave out stream:')
     if source == 'zoo:photos': raise BadInput('zoo:photos has no labels')
-    kwargs = _load_arguments(source)
+    kwargs = _load_arguments(split_column(source)[0])
     if kwargs is None and Path(source).is_dir():
         files, classes, own = _folder_labels(Path(source))
         images = dataset_of_files(files)
     else:
         images = open_images(source)   # it can say what is wrong with a source
+        if kwargs is None: raise BadInput(f'{source} has no labels: give a folder for each class, or Parquet')
         classes, own = _table_labels(load_dataset(**kwargs), source)
     number = {name: i for i, name in enumerate(own if names is None else names)}
     unknown = ', '.join(sorted({*classes} - {*number})[:5])

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..targets.features import Features, resample
 from ..targets.bad_input import BadInput
 from ..targets.moments import Moments
+from ..models.tensor_files import load_tensors
 from ..targets.normalizers import Normalizer, multiply
 
 # %% ../../nbs/evaluation/00_match.ipynb #e13deb92
@@ -58,16 +58,18 @@ def rankme(
 
 # %% ../../nbs/evaluation/00_match.ipynb #daa267e2
 class _ChannelVariance:
-    "The variance of each channel, summed up over batches."
-    def __init__(self): self.n = self.sum = self.squares = 0
+    "The variance of each channel, merged batch by batch (`moments`)."
+    def __init__(self): self.n = self.mean = self.m2 = 0
 
-    def update(self, rows): # (n, C) float64
-        self.n, self.sum, self.squares = self.n + len(rows), self.sum + rows.sum(0), self.squares + rows.square().sum(0)
+    def update(self, rows): # (n, C) float64, n at least 1
+        mean, n = rows.mean(0), self.n + len(rows)
+        delta = mean - self.mean
+        self.m2 = self.m2 + (rows - mean).square().sum(0) + delta.square()*(self.n*len(rows)/n)
+        self.mean, self.n = self.mean + delta*(len(rows)/n), n
 
     def range(self)->float:
         "The largest variance less the smallest."
-        variances = self.squares/self.n - (self.sum/self.n).square()
-        return (variances.max() - variances.min()).item()
+        return ((self.m2.max() - self.m2.min())/self.n).item()
 
 # %% ../../nbs/evaluation/00_match.ipynb #2e09dc5d
 class Match:
@@ -77,8 +79,9 @@ class Match:
         thorough:bool=False,             # whether to collect what CKA and RankMe need
     ):
         self.images = self.positions = 0
-        self.squared_error = self.cosine = self.summary_cosine = self.sum = self.squares = 0
-        self.error, self.normalized_error, self.normalizer = _ChannelVariance(), _ChannelVariance(), normalizer
+        self.squared_error = self.cosine = self.summary_cosine = 0
+        self.teacher, self.error, self.normalized_error = (_ChannelVariance() for _ in range(3))
+        self.normalizer = normalizer
         self.thorough, self.joint = thorough, None
 
     def update(self,
@@ -92,7 +95,7 @@ class Match:
         error = x - y
         self.squared_error += error.square().sum().item()
         self.cosine += F.cosine_similarity(x, y, dim=-1).sum().item()
-        self.sum, self.squares = self.sum + y.sum(0), self.squares + y.square().sum().item()
+        self.teacher.update(y)
         self._update_summaries(student.summary, teacher.summary)
         self._update_errors(error)
         if self.thorough: self._update_joint(x, y)
@@ -115,15 +118,15 @@ class Match:
         with a normalizer `error_range_normalized`;
         of a thorough match `cka`, `rankme` and `rankme_teacher` of the grid."""
         if not self.positions: raise BadInput('no images were compared')
-        total = self.squares - (self.sum.square().sum()/self.positions).item()   # sum of squares about the mean
-        found = {'explained': 1 - self.squared_error/total, 'mse': self.squared_error/(self.positions*len(self.sum)),
+        total, width = self.teacher.m2.sum().item(), len(self.teacher.m2)   # sum of squares about the mean
+        found = {'explained': 1 - self.squared_error/total, 'mse': self.squared_error/(self.positions*width),
                  'cosine': self.cosine/self.positions, 'summary_cosine': self.summary_cosine/self.images,
                  'error_range': self.error.range()}
         if self.normalizer is not None: found['error_range_normalized'] = self.normalized_error.range()
         return found | self._thorough() if self.thorough else found
 
     def _thorough(self):
-        width, squares = self.joint.dim - len(self.sum), _squares(self.joint)
+        width, squares = self.joint.dim - len(self.teacher.m2), _squares(self.joint)
         return {'cka': _cka(self.joint, width), 'rankme': _rankme(squares[:width, :width]),
                 'rankme_teacher': _rankme(squares[width:, width:])}
 
@@ -152,7 +155,7 @@ class Constant:
         statistics:Path,    # the trainer's `statistics.safetensors`
         names:list[str],    # of the teachers
     ):
-        tensors = load_file(statistics)
+        tensors, _ = load_tensors(statistics, 'put back a copy of it')
         self.means = {name: (tensors[f'{name}.summary'].float(), tensors[f'{name}.mean'].float()) for name in names}
 
     def __call__(self, images)->dict[str, Features]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
 from ..targets.bad_input import BadInput
-from ..data.images import Unreadable, decode
+from ..data.images import Unreadable, decode, parquet_arguments, parquet_files
 from ..data.crops import height_width
 from .linear_probe import check_pair
 
@@ -59,9 +59,10 @@ def open_segmentation(
 )->Dataset:          # columns `image` and `mask`, undecoded
     "Open images with masks. Raises `BadInput` where there are none."
     path = Path(source)
-    files = sorted(map(str, path.rglob('*.parquet'))) if path.is_dir() else [str(path)] if path.is_file() else []
+    files = parquet_files(path) if path.is_dir() else [str(path)] if path.is_file() else []
     if not files: raise BadInput(f'no Parquet file at {source}: images with masks are read from Parquet')
-    try: rows = load_dataset('parquet', data_files=files, split='train')
+    try: rows = load_dataset(**parquet_arguments(files))
+    except BadInput: raise
     except Exception as e: raise BadInput(f'{source} could not be loaded ({str(e).splitlines()[0][:160]})') from e
     missing = [name for name in ('image', 'mask') if name not in rows.column_names]
     if missing:

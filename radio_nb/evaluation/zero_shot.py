@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..targets.bad_input import BadInput
 from ..models.specs import parse_spec
-from ..models.teachers import open_clip_model
+from ..models.teachers import open_clip_model, own_seed
 import open_clip  # after radio_nb, see its `__init__`
 
 # %% ../../nbs/evaluation/03_zero_shot.ipynb #16f3467a
@@ -83,7 +83,9 @@ class TextTower:
         if parsed.source != 'open_clip':
             raise BadInput(f'{spec} has no text tower; models that match images and texts are open_clip:NAME/TAG')
         self.spec, self.tokenizer = spec, _tokenizer(parsed.name.partition('/')[0])
-        self.model = open_clip_model(parsed).eval().requires_grad_(False)
+        with own_seed(f'0 {parsed.architecture()}'):   # random weights are those of `load_teacher`
+            self.model = open_clip_model(parsed).eval()
+        self.model.requires_grad_(False)
         self.model.visual = None  # the larger half, and not needed
 
     def __call__(self, tokens:Tensor)->Tensor:

@@ -6,7 +6,6 @@
 __all__ = ['as_teacher', 'named_teachers', 'as_dataset', 'Run', 'LiveCurves', 'free_folder', 'distill', 'opened']
 
 # %% ../../nbs/front/03_run.ipynb #1097214a
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -26,14 +25,16 @@ from ..targets.features import Features
 from ..targets.bad_input import BadInput, unknown
 from ..models.student import Student
 from ..models.teachers import Teacher, timm_features
+from ..models.tensor_files import load_tensors
 from ..data.images import UNDECODED, only_images
 from ..data.crops import random_crop
 from ..data.files import in_notebook
 from ..training.recipe import Recipe, difference, read_recipe
-from ..training.run_folder import finished
-from ..training.train import NOTHING, Callbacks, Inputs, Prepared, TrainingRun, ignore, prepare, run_recipe
+from ..training.run_folder import check_inputs, finished, read_json, read_metrics, recipe_of
+from ..training.train import NOTHING, Callbacks, Inputs, Prepared, TrainingRun, fingerprints, ignore
+from ..training.train import prepare, run_recipe
 from .pictures import html_table, loss_curves
-from .run_match import MATCH_HEADER, match_rows, match_run, text_table
+from .run_match import MATCH_HEADER, load_match, match_rows, match_run, text_table
 from .report import feature_maps, shown_images, write_report
 
 # %% ../../nbs/front/03_run.ipynb #6e7cc1ac
@@ -128,12 +129,15 @@ class Run:
         self.out, self.inputs = Path(folder), inputs
         if not finished(self.out):
             raise BadInput(f'{folder} holds no finished run: there is no student.safetensors in it')
-        self.recipe = Recipe(**read_recipe(self.out/'recipe.toml'))
+        self.recipe = recipe_of(self.out)
+        if self.recipe is None: raise BadInput(f'{folder} holds no run: there is no recipe.toml in it')
 
     @cached_property
     def ready(self)->Prepared:
-        "The teachers and images of the recipe, loaded."
-        return prepare(replace(self.recipe, teacher_device=''), inputs=self.inputs)
+        "The teachers and images of the recipe, loaded. Raises `BadInput` where they are not those of the run."
+        ready = prepare(replace(self.recipe, teacher_device=''), inputs=self.inputs)
+        check_inputs(self.out, fingerprints(self.recipe, ready))
+        return ready
 
     @cached_property
     def student(self)->Student:
@@ -143,19 +147,18 @@ class Run:
     @cached_property
     def metrics(self)->list[dict]:
         "What was logged, one dictionary for each step."
-        return [json.loads(line) for line in (self.out/'metrics.jsonl').open()]
+        return read_metrics(self.out)
 
     @cached_property
     def match(self)->dict:
         "Measures by set of images, student and teacher (see `match_run`)."
-        path = self.out/'match.json'
-        return json.loads(path.read_text()) if path.exists() else match_run(self.recipe, self.ready, self.out)
+        return load_match(self.out) or match_run(self.recipe, self.ready, self.out)
 
     @cached_property
     def skipped(self)->dict[str, str]:
         "Images that could not be used, with the reason."
         path = self.out/'skipped.json'
-        return json.loads(path.read_text()) if path.exists() else {}
+        return read_json(path) if path.exists() else {}
 
     def report(self)->Path:
         "Write the page with tables, curves and maps, if it is not there yet."
@@ -258,4 +261,5 @@ def opened(recipe:Recipe, inputs:Inputs=NOTHING)->Run:
     differs = difference(recipe, run.recipe)
     if differs:
         raise BadInput(f'{recipe.out} holds a finished run with another recipe ({differs}): choose another --out')
+    load_tensors(run.out/'student.safetensors', 'delete it, and --resume makes it again from the last checkpoint')
     return run

@@ -101,14 +101,15 @@ def spatial_loss(
     mask:Tensor|None=None,  # which of the teacher's positions count, (B, H, W), bool; all without it
     grid:str='larger',      # where grids that differ meet, see `same_grid`
 )->Tensor:                  # a scalar
-    "The distance between two grids, averaged over the positions that count; 0 if none does. Raises `ValueError`."
+    "The distance between two grids, over the positions that count; 0 for an image without any. Raises `ValueError`."
     if kind not in SPATIAL_LOSSES: raise unknown('spatial loss', kind, list(SPATIAL_LOSSES))
     _check_shapes('spatial features', x, y)
-    x, y = _at_least_float32(x), _at_least_float32(y)
-    if mask is None: mask = torch.ones_like(y[..., 0], dtype=torch.bool)
+    x, y, every = _at_least_float32(x), _at_least_float32(y), mask is None
+    if every: mask = torch.ones_like(y[..., 0], dtype=torch.bool)
     if mask.shape != y.shape[:-1] or mask.dtype != torch.bool:
         raise ValueError(f'mask: {tuple(mask.shape)} of {mask.dtype}; expected a bool for each position of the '
                          f'teacher, {tuple(y.shape[:-1])}')
     x, y, mask = same_grid(x, y.masked_fill(~mask[..., None], 0), mask, grid)
-    loss = SPATIAL_LOSSES[kind](x, y).masked_fill(~mask, 0)
-    return loss.sum()/mask.sum().clamp_min(1)
+    loss = SPATIAL_LOSSES[kind](x, y)
+    if every: return loss.mean()
+    return (loss.masked_fill(~mask, 0).sum((1, 2))/mask.sum((1, 2)).clamp_min(1)).mean()

@@ -6,13 +6,15 @@
 __all__ = ['teacher_losses', 'MultiTeacherLoss']
 
 # %% ../../nbs/losses/03_multi_teacher.ipynb #f45bfbbe
+from collections.abc import Collection
+
 from torch import Tensor, nn
 
 from ..targets.features import Features
 from ..targets.bad_input import unknown
 from .losses import spatial_loss, summary_loss
 from .methods import METHODS
-from .balancing import BALANCES
+from .balancing import BALANCES, AdaLoss
 
 # %% ../../nbs/losses/03_multi_teacher.ipynb #729797b9
 def teacher_losses(
@@ -67,3 +69,21 @@ class MultiTeacherLoss(nn.Module):
         balanced = self.balance({f'{name} {kind}': loss for (name, kind), loss in terms.items()})
         total = sum(scale.get(name, 1)*self.weights[name][kind]*balanced[f'{name} {kind}'] for name, kind in terms)
         return total, {name: {kind: loss.detach() for kind, loss in kinds.items()} for name, kinds in losses.items()}
+
+    def needs_begin(self, teachers:Collection[str])->bool:
+        "Whether AdaLoss has no average yet for a term of these teachers."
+        if not isinstance(self.balance, AdaLoss): return False
+        return any(term.rsplit(' ', 1)[0] in teachers for term in self.balance.without_average())
+
+    def begin(self, losses:dict[str, dict[str, float]]): # by teacher and kind
+        "Let AdaLoss divide by these, of a step that is to come, where it has no average yet."
+        if isinstance(self.balance, AdaLoss): self.balance.begin(self._balanced(losses))
+
+    def update(self, losses:dict[str, dict[str, float]]): # by teacher and kind
+        "Tell AdaLoss the losses of a whole step, once and after it."
+        if isinstance(self.balance, AdaLoss): self.balance.update(self._balanced(losses))
+
+    def _balanced(self, losses):
+        "The terms that are balanced, by the names that they have there."
+        return {f'{name} {kind}': kinds[kind] for name, kinds in losses.items()
+                for kind, weight in self.weights[name].items() if weight}

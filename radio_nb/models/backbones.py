@@ -91,7 +91,7 @@ class Backbone(nn.Module):
         if h % self.patch or w % self.patch:
             raise BadInput(f'a student with patches of {self.patch} cannot see {h} × {w} pixels: '
                            f'make both sides a multiple of {self.patch}')
-        return (images - self.mean)/self.std
+        return (images.to(self.mean.dtype) - self.mean)/self.std
 
 # %% ../../nbs/models/06_backbones.ipynb #1fbf5fa4
 class Stem(Stages):

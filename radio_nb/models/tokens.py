@@ -41,19 +41,20 @@ class CroppedPositions(nn.Module):
         w:int,  # its columns
     )->Tensor:  # (n, h*w, dim) in training, (1, h*w, dim) in evaluation
         "A random rectangle of the table for each image, or in evaluation the same for all."
-        grid = self._cropped(n, h, w) if self.training else self._full(h, w)
-        return grid.flatten(2).mT
+        table = self.table.to(torch.promote_types(self.table.dtype, torch.float32))   # not all devices sample halves
+        grid = self._cropped(table, n, h, w) if self.training else self._full(table, h, w)
+        return grid.flatten(2).mT.to(self.table.dtype)
 
-    def _full(self, h, w):
+    def _full(self, table, h, w):
         side = max(h, w)
-        return F.interpolate(self.table, (side, side), mode='bilinear', antialias=True)[:, :, :h, :w]
+        return F.interpolate(table, (side, side), mode='bilinear', antialias=True)[:, :, :h, :w]
 
-    def _cropped(self, n, h, w):
+    def _cropped(self, table, n, h, w):
         corners, sizes = random_rectangles(n, self.table.device)
         axes = [(torch.arange(k, device=self.table.device) + .5)/k for k in (w, h)]
         unit = torch.stack(torch.meshgrid(*axes, indexing='xy'), -1)
         points = corners[:, None, None] + sizes[:, None, None]*unit
-        return F.grid_sample(self.table.expand(n, -1, -1, -1), 2*points - 1, align_corners=False, padding_mode='border')
+        return F.grid_sample(table.expand(n, -1, -1, -1), 2*points - 1, align_corners=False, padding_mode='border')
 
 # %% ../../nbs/models/05_tokens.ipynb #6891c900
 def into_windows(

@@ -53,6 +53,7 @@ def gradient_norms(
     loss:MultiTeacherLoss,
     images:Tensor,                # as the student sees them, (B, 3, h, w)
     targets:dict[str, Features],  # teacher features, their grids normalized
+    masks:dict[str, Tensor]|None=None, # by teacher, see `spatial_loss`
 )->dict[str, Tensor]:             # scalars
     "The norm of each teacher's gradient on the weights of the backbone."
     modes = [(module, module.training) for part in (student, loss) for module in part.modules()]
@@ -60,7 +61,7 @@ def gradient_norms(
     loss.eval()
     shared, outputs, norms = [p for p in student.backbone.parameters() if p.requires_grad], student(images), {}
     for name, target in targets.items():
-        total, _ = loss(outputs, {name: target})
+        total, _ = loss(outputs, {name: target}, masks)
         gradients = torch.autograd.grad(total, shared, retain_graph=True, allow_unused=True)
         norms[name] = torch.stack([gradient.norm() for gradient in gradients if gradient is not None]).norm()
     for module, mode in modes: module.training = mode

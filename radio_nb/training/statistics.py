@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['SAMPLE', 'Statistics', 'measure', 'sample_positions', 'merge_ranks', 'crop_sides', 'Source', 'open_sources',
-           'statistics_at', 'statistics_file', 'take_statistics', 'save_statistics', 'load_normalizers', 'fit_teacher',
-           'load_cifd_loss']
+           'statistics_at', 'statistics_file', 'load_statistics', 'take_statistics', 'check_counts', 'save_statistics',
+           'load_normalizers', 'fit_teacher', 'load_cifd_loss']
 
 # %% ../../nbs/training/05_statistics.ipynb #d8153081
 import json
-import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,17 +20,17 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ..targets.features import Features
+from ..targets.features import Features, grid_masks
 from ..targets.bad_input import BadInput
 from ..targets.moments import Moments
 from ..targets.normalizers import Normalizer
-from ..targets.phi_s import fit_normalizer
+from ..targets.phi_s import ENOUGH, fit_normalizer, too_few
 from ..losses.methods import METHODS
 from ..models.randomness import rng_shard, uniform
 from ..models.teachers import Teacher
+from ..models.tensor_files import load_tensors, save_tensors
 from ..data.crops import Batch, Crops, image_batches, random_crop
 from ..data.streams import StreamedCrops, crop_stream
 from ..data.files import Progress, atomic_write
@@ -47,27 +48,35 @@ class Statistics(NamedTuple):
     "What is known of a teacher's features before training."
     spatial: Moments     # of its grid, over images and positions
     summary: Tensor      # mean of its summaries, each scaled to length one, (C,) float64
-    sample: list[Tensor] # for each batch vectors of its grid, at some random positions of every image, (B, n, D)
+    sample: list[Tensor] # of each batch at random positions, (B, n, D); NaN where an image has fewer that count
 
 def measure(
-    features:Iterable[dict[str, Features]], # teacher features of some batches; not every batch need have every teacher
+    features:Iterable[dict[str, Features]], # of some batches, with a mask as third entry where not all positions count
     sample:int=0,                           # how many positions of each image to keep
 )->dict[str, Statistics]:
-    "Statistics of every teacher. Raises `NonFinite` with the name of a teacher that gives NaN."
+    "Statistics of every teacher; a batch may lack some. Raises `NonFinite` with the name of a teacher that gives NaN."
     moments, directions, samples, counts = {}, {}, {}, {}
     for by_teacher in features:
-        for name, (summary, spatial) in by_teacher.items():
-            moments.setdefault(name, Moments(spatial.shape[-1], f'teacher {name}')).update(spatial)
+        for name, (summary, spatial, *mask) in by_teacher.items():
+            moments.setdefault(name, Moments(spatial.shape[-1], f'teacher {name}')).update(spatial, *mask)
             directions[name] = directions.get(name, 0) + F.normalize(summary.double(), dim=-1).sum(0)
             counts[name] = counts.get(name, 0) + len(summary)
-            samples.setdefault(name, []).extend([sample_positions(spatial, sample)] if sample else [])
+            samples.setdefault(name, []).extend([sample_positions(spatial, sample, *mask)] if sample else [])
     return {name: Statistics(moments[name], directions[name]/counts[name], samples[name]) for name in moments}
 
 # %% ../../nbs/training/05_statistics.ipynb #031ddd29
-def sample_positions(spatial:Tensor, n:int)->Tensor: # spatial: (B, H, W, D)
-    "A grid at up to `n` random positions of each image, (B, n, D)."
+def sample_positions(
+    spatial:Tensor,         # a grid, (B, H, W, D)
+    n:int,
+    mask:Tensor|None=None,  # which positions count, (B, H, W) bool; all without it
+)->Tensor:                  # (B, n, D), NaN where an image has fewer positions that count
+    "A grid at up to `n` random positions of each image."
     rows = spatial.flatten(1, 2)
-    positions = uniform(*rows.shape[:2], device=rows.device).argsort(1)[:, :n]
+    draws = uniform(*rows.shape[:2], device=rows.device)
+    if mask is not None:
+        draws = draws.masked_fill(~mask.flatten(1), 1)   # last
+        rows = rows.masked_fill(~mask.flatten(1)[..., None], float('nan'))
+    positions = draws.argsort(1)[:, :n]
     return rows.gather(1, positions[..., None].expand(-1, -1, rows.shape[2]))
 
 # %% ../../nbs/training/05_statistics.ipynb #c95c9820
@@ -132,8 +141,7 @@ def open_sources(
         here = {name: teachers[name] for name in part.weights}
         crops, cached = crops_of(crop_sides(part.size, [teacher.size for teacher in here.values()])), {}
         if recipe.cache:
-            cached = fill_cache(here, crops, recipe.cache, recipe.batch_size, next(iter(here.values())).mean.device,
-                                **shard_of(accelerator), wait=accelerator.wait_for_everyone, workers=recipe.workers)
+            cached = fill_cache(here, crops, recipe.cache, recipe.batch_size, accelerator, recipe.workers)
             crops = crops_of(part.size)
         sources.append(Source(part, crops, here, cached, torch.device(recipe.teacher_device or device)))
     return sources
@@ -155,9 +163,17 @@ def statistics_file(
     step:int|None=None, # None for the last of the run
 )->Path:                # need not be there
     "The file with the statistics that hold at a step."
-    later = {int(path.stem.split('-')[1]): path for path in out.glob('statistics-*.safetensors')}
+    later = {int(first): path for path in out.glob('statistics-*.safetensors')
+             if (first := path.stem.split('-')[1]).isdecimal()}
     found = {0: statistics_at(out, 0)} | later
     return found[max(at for at in found if step is None or at <= step)]
+
+def load_statistics(
+    out:Path,
+    step:int|None=None, # see `statistics_file`
+)->dict[str, Tensor]:
+    "The tensors that `save_statistics` wrote. Raises `BadInput` where they are damaged."
+    return load_tensors(statistics_file(out, step), 'put back a copy of it')[0]
 
 # %% ../../nbs/training/05_statistics.ipynb #412accb7
 def take_statistics(recipe:Recipe, plan:StagePlan, sources:list[Source], out:Path, accelerator:Accelerator,
@@ -168,7 +184,10 @@ def take_statistics(recipe:Recipe, plan:StagePlan, sources:list[Source], out:Pat
     streams = [source.batches(recipe, accelerator, plan.first, plan.first + steps) for source in sources]
     def features():
         for i, batches in enumerate(zip(*streams), 1):
-            for source, batch in zip(sources, batches): yield source.teacher_features(batch, device)
+            for source, batch in zip(sources, batches):
+                found = source.teacher_features(batch, device)
+                masks = grid_masks(batch.masks, found)
+                yield {name: (*own, masks.get(name)) for name, own in found.items()}
             progress(i)
     seen = steps*min(b - a for a, b in (source.part.span for source in sources))
     sample = -(-SAMPLE//seen) if recipe.information else 0
@@ -177,22 +196,34 @@ def take_statistics(recipe:Recipe, plan:StagePlan, sources:list[Source], out:Pat
     if main: save_statistics(recipe, plan, {name: statistics[name] for name in plan.measured}, out, device)
     accelerator.wait_for_everyone()
 
+# %% ../../nbs/training/05_statistics.ipynb #5b1dc6a3
+def check_counts(recipe:Recipe, name:str, spatial:Moments): # of a teacher's grid
+    "Print a warning where statistics are too few for the recipe's method. Raises `BadInput` where there are none."
+    if not spatial.count:
+        raise BadInput(f'teacher {name}: no patch of its grid lies within an image, by the masks that the crop gave: '
+                       'a mask is true where the image is')
+    kind = METHODS[recipe.method].normalizer
+    if not (warning := too_few(kind, spatial)): return
+    steps = ceil(recipe.statistics_steps*ENOUGH[kind]*spatial.dim/spatial.count)
+    print(f'teacher {name}: {warning}: try --statistics-steps {steps}', file=sys.stderr)
+
 # %% ../../nbs/training/05_statistics.ipynb #378093b2
 def save_statistics(recipe:Recipe, plan:StagePlan, statistics:dict[str, Statistics], out:Path, device:torch.device):
     "Fit normalizers, and modules where the recipe has them, and write them with the statistics."
-    tensors, curves = load_file(statistics_file(out)) if plan.first else {}, {}
+    tensors, curves = load_statistics(out) if plan.first else {}, {}
     for name, (spatial, summary, sample) in statistics.items():
+        check_counts(recipe, name, spatial)
         normalizer = fit_normalizer(METHODS[recipe.method].normalizer, spatial)
         if recipe.information:
             vectors = torch.cat([x.flatten(0, 1) for x in sample]).to(device)
+            vectors = vectors[~vectors.isnan().any(1)]   # of images with few positions that count
             modules, curves[name] = fit_teacher(name, normalizer.to(device)(vectors), recipe)
             tensors |= {f'{name}.modules.{key}': tensor for key, tensor in modules.state_dict().items()}
         tensors |= {f'{name}.normalizer.{key}': tensor for key, tensor in normalizer.state_dict().items()}
         measured = {'mean': spatial.mean, 'variance': spatial.cov.diagonal(), 'summary': summary}
         tensors |= {f'{name}.{key}': tensor for key, tensor in measured.items()}
     if curves: atomic_write(out/'information.json', json.dumps(curves, indent=2))
-    (out/'statistics.part').write_bytes(save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}))
-    os.replace(out/'statistics.part', statistics_at(out, plan.first))
+    save_tensors(statistics_at(out, plan.first), tensors)
 
 # %% ../../nbs/training/05_statistics.ipynb #d228e609
 def _tensors_of(prefix, tensors):
@@ -205,7 +236,7 @@ def load_normalizers(
     step:int|None=None,  # at which they hold; None for the last
 )->dict[str, Normalizer]:
     "The normalizers of the teachers that were measured by then."
-    tensors = load_file(statistics_file(out, step))
+    tensors = load_statistics(out, step)
     found = {name: _tensors_of(f'{name}.normalizer.', tensors) for name in names}
     return {name: Normalizer(**own) for name, own in found.items() if own}
 
@@ -226,8 +257,8 @@ def load_cifd_loss(recipe:Recipe, names:list[str], out:Path)->'CIFDLoss|None':
     "What the modules of a run and the bottleneck add to the loss; None without `information`."
     if not recipe.information: return None
     from radio_nb.cifd.cifd import CIFDLoss, load_rd_modules
-    tensors = load_file(statistics_file(out))
+    tensors = load_statistics(out)
     modules = {name: load_rd_modules(_tensors_of(f'{name}.modules.', tensors)) for name in names}
     _, weights = teacher_weights(recipe, names)
     return CIFDLoss(modules, weights, recipe.information_weight, recipe.bottleneck, recipe.kd_dropout,
-                    METHODS[recipe.method].spatial)
+                    METHODS[recipe.method].spatial, recipe.grid)

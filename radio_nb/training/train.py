@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['NOTHING', 'SILENT', 'Inputs', 'Prepared', 'best_device', 'prepare', 'new_student', 'new_distill_step',
-           'export_student', 'number_of', 'check_images', 'check_sizes', 'ignore', 'Callbacks', 'TrainingRun',
-           'start_stage', 'watch_gradients', 'train_stage', 'run_recipe']
+           'export_student', 'go_on_from', 'identity', 'fingerprints', 'began_alike', 'check_readable', 'check_sizes',
+           'ignore', 'Callbacks', 'TrainingRun', 'measured_before', 'start_stage', 'watch_gradients', 'train_stage',
+           'begin', 'start_trackers', 'finish', 'run_recipe']
 
 # %% ../../nbs/training/08_train.ipynb #ae284f85
 import json
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict
+from contextlib import nullcontext, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,18 +21,24 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
+from torch import Tensor
 
 from ..targets.bad_input import BadInput
+from ..targets.normalizers import Normalizer
 from ..losses.multi_teacher import MultiTeacherLoss
-from ..models.student import Student, fold_heads, remove_neck
+from ..models.student import Student, check_microbatch, fold_heads, remove_neck
 from ..models.teachers import Teacher, load_teacher
-from ..data.images import hold_out, open_images
-from ..data.crops import Batch, random_crop
+from ..models.tensor_files import fingerprint, load_tensors
+from ..data.images import hold_out, images_fingerprint, open_images
+from ..data.crops import Batch, image_batches, random_crop
+from ..data.streams import crop_stream
 from ..data.files import Progress, Stopped, atomic_write, dead_workers_named, stop_flag
-from .recipe import Recipe, recipe_toml, teacher_names, teacher_weights
-from .run_folder import check_folder, load_checkpoint, metrics_file, save_checkpoint
-from .stages import StagePlan, check_recipe
+from .recipe import Recipe, check_names, difference, recipe_toml, teacher_names, teacher_weights
+from .run_folder import begun, check_folder, check_inputs, folder_lock, forget_statistics
+from .run_folder import load_checkpoint, metrics_file, read_json, recipe_of, save_checkpoint
+from .stages import StagePlan, check_device, check_machine, check_recipe
 from .distributed import new_accelerator
+from .teacher_cache import weights_fingerprint
 from .statistics import crop_sides, load_cifd_loss, load_normalizers, open_sources, statistics_at
 from .statistics import take_statistics
 from .monitor import flatten_metrics, imbalance_warning
@@ -60,8 +67,9 @@ class Prepared(NamedTuple):
         return crop_sides(self.size, [teacher.size for teacher in self.teachers.values()])
 
 def best_device(name:str='auto')->torch.device:
-    "The device called `name`, or the best there is."
-    if name != 'auto': return torch.device(name)
+    "The device called `name`, or the best there is; also where a run from another machine names one that is not here."
+    with suppress(BadInput):
+        if name != 'auto': return torch.device(check_device('device', name))
     return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
 def prepare(
@@ -76,8 +84,8 @@ def prepare(
         raise BadInput('the images of this run are objects that were handed over in Python: hand them over again')
     images = open_images(recipe.images) if inputs.images is None else inputs.images
     train, held = hold_out(images, recipe.hold_out, recipe.seed)
-    home = torch.device(recipe.teacher_device or device)
-    teachers = {name: (inputs.teachers.get(name) or load_teacher(spec, name=name)).to(home)
+    home = best_device(recipe.teacher_device) if recipe.teacher_device else device
+    teachers = {name: (inputs.teachers.get(name) or load_teacher(spec, name=name, seed=recipe.seed)).to(home)
                 for name, spec in teacher_names(recipe.teachers).items()}
     return Prepared(teachers, train, held, last.size, device, inputs.crop)
 
@@ -100,7 +108,7 @@ def new_student(
 def new_distill_step(recipe:Recipe, student:Student, out:Path)->DistillStep:
     "A student with its losses; what was measured of the teachers is read from the folder of the run."
     names = list(student.config['teachers'])
-    loss = MultiTeacherLoss(recipe.method, *teacher_weights(recipe, names), recipe.balance)
+    loss = MultiTeacherLoss(recipe.method, *teacher_weights(recipe, names), recipe.balance, recipe.grid)
     cifd = load_cifd_loss(recipe, names, out)
     return DistillStep(student, loss, cifd, recipe.precision == 'bfloat16')
 
@@ -112,16 +120,38 @@ def export_student(recipe:Recipe, widths:dict[str, tuple[int, int]], state:dict,
     student.load_state_dict(state.get('ema', own))
     fold_heads(remove_neck(student), load_normalizers(widths, out)).save_pretrained(out)
 
-# %% ../../nbs/training/08_train.ipynb #f9888019
-def number_of(images:Dataset|IterableDataset)->int|None:
-    "How many images there are; None for a stream, which nobody has counted."
-    return len(images) if isinstance(images, Dataset) else None
+# %% ../../nbs/training/08_train.ipynb #a3f5dc4e
+def go_on_from(
+    student:Student, # of the same architecture and for the same teachers, changed in place
+    folder:str,      # of a finished run
+):
+    "Take over the weights of a saved student. Raises `BadInput` where it is of another kind."
+    other = Student.from_pretrained(Path(folder))
+    for key, value in student.config.items():
+        before = other.config[key]
+        if json.dumps(value) != json.dumps(before):
+            raise BadInput(f'init: the student of {folder} has {key} {before}, and this one {value}')
+    student.load_state_dict(other.state_dict(), strict=False)   # it was saved without a neck
 
-def check_images(recipe:Recipe, before:int|None, now:int|None):
-    "Raise `BadInput` where a folder has gained or lost images since the last checkpoint."
-    if before == now: return
-    raise BadInput(f'{recipe.images} gave {before} images to learn from when the run began, and gives {now} now: '
-                   'a run goes on with the images it began with')
+def identity(mean:Tensor)->Normalizer: # mean: of any normalizer of the same width
+    "The normalizer that changes nothing."
+    return Normalizer(torch.zeros_like(mean), torch.ones((), dtype=mean.dtype), torch.ones((), dtype=mean.dtype))
+
+# %% ../../nbs/training/08_train.ipynb #f9888019
+def fingerprints(recipe:Recipe, ready:Prepared)->dict[str, str]:
+    "Fingerprints of all that a run reads, by what it is."
+    found = {f'images {recipe.images}': f'{images_fingerprint(ready.train)} {images_fingerprint(ready.held)}'}
+    if recipe.init: found[f'init {recipe.init}'] = fingerprint(load_tensors(Path(recipe.init)/'student.safetensors')[0])
+    return found | {f'teacher {name}': weights_fingerprint(teacher) for name, teacher in ready.teachers.items()}
+
+def began_alike(recipe:Recipe, inputs:dict[str, str], out:Path)->bool: # inputs: from `fingerprints`
+    "Whether what was measured in a run folder is what this run would measure."
+    try: return not difference(recipe, recipe_of(out)) and read_json(out/'inputs.json') == inputs
+    except (BadInput, AttributeError): return False   # damaged, or not there
+
+def check_readable(ready:Prepared):
+    "Raise `BadInput` where no image can be read, before anything is measured."
+    next(iter(image_batches(crop_stream(ready.train, 16, crop=ready.crop), 1, 1)))
 
 # %% ../../nbs/training/08_train.ipynb #cd5a1f01
 def check_sizes(recipe:Recipe, plan:tuple[StagePlan, ...], student:Student, processes:int):
@@ -135,6 +165,7 @@ def check_sizes(recipe:Recipe, plan:tuple[StagePlan, ...], student:Student, proc
         if images % recipe.accumulate:
             raise BadInput(f'accumulate: {images} images of a process cannot be divided '
                            f'into {recipe.accumulate} microbatches')
+        check_microbatch(student, images//recipe.accumulate)
 
 # %% ../../nbs/training/08_train.ipynb #1c2c0cbc
 def ignore(run:'TrainingRun'): "A callback that does nothing."
@@ -159,7 +190,6 @@ class TrainingRun:
         check_sizes(recipe, plan, self.student, accelerator.num_processes)
         self.trainer, self.metrics, self.warned, self.stop_asked = None, {}, False, False
         self.state = load_checkpoint(out/'checkpoints')   # the last one; None before the first
-        if self.state: check_images(recipe, self.state['images'], number_of(ready.train))
         self.skipped = dict(self.state['skipped']) if self.state else {}   # images that cannot be used, with the reason
 
     @property
@@ -176,23 +206,33 @@ class TrainingRun:
         "Write a checkpoint; to be called on all processes."
         skipped = {path: why for one in gather_object([self.skipped]) for path, why in one.items()}
         self.state = {'step': self.trainer.step, 'trainer': self.trainer.state_dict(), 'skipped': skipped,
-                      'images': number_of(self.ready.train), 'ended': ended}
+                      'recipe': recipe_toml(self.recipe), 'ended': ended}
         if not self.main: return
         save_checkpoint(self.out/'checkpoints', self.state, self.recipe.keep)
         self.callbacks.on_checkpoint(self)
 
 # %% ../../nbs/training/08_train.ipynb #de299b2b
+def measured_before(path:Path)->bool:
+    "Whether a file of statistics is there and whole; one that is damaged is named, and will be made again."
+    try: return path.exists() and bool(load_tensors(path))
+    except BadInput as e: print(f'{e}; the teachers are measured again', file=sys.stderr)
+    return False
+
 def start_stage(run:TrainingRun, plan:StagePlan):
     "Open the sources of a stage, measure its teachers, and tell the trainer."
     recipe, ready, out, device = run.recipe, run.ready, run.out, run.ready.device
     sources = open_sources(recipe, plan, ready.train, ready.teachers, run.accelerator, device, ready.crop)
-    if plan.measured and not statistics_at(out, plan.first).exists():
+    if plan.measured and not measured_before(statistics_at(out, plan.first)):
         take_statistics(recipe, plan, sources, out, run.accelerator, device)
+    normalizers = load_normalizers(run.widths, out, plan.first)
     if run.trainer is None:
+        new = bool(recipe.init) and not run.state
+        if new: go_on_from(run.student, recipe.init)
         run.trainer = Trainer(new_distill_step(recipe, run.student, out), recipe, device, run.accelerator)
+        if new: run.trainer.state.retarget({name: identity(n.mean) for name, n in normalizers.items()}, normalizers)
         if run.state: run.trainer.load_state_dict(run.state['trainer'])
     before = load_normalizers(run.widths, out, plan.first - 1) if plan.first else None
-    run.trainer.start_stage(plan, sources, load_normalizers(run.widths, out, plan.first), before)
+    run.trainer.start_stage(plan, sources, normalizers, before)
 
 # %% ../../nbs/training/08_train.ipynb #03c75692
 def watch_gradients(run:TrainingRun, batches:tuple[Batch, ...])->dict:
@@ -232,6 +272,37 @@ def train_stage(run:TrainingRun, plan:StagePlan):
                 raise Stopped(f'stopped after step {trainer.step} of {run.total}; add --resume to go on')
 
 # %% ../../nbs/training/08_train.ipynb #071dd3a6
+def begin(run:TrainingRun):
+    "Write what a run begins with; to be called on all processes. Raises `BadInput` where it began with something else."
+    recipe, out = run.recipe, run.out
+    inputs = fingerprints(recipe, run.ready)
+    check_inputs(out, inputs)
+    run.accelerator.wait_for_everyone()   # all have looked
+    if run.main:
+        if not begun(out) and not began_alike(recipe, inputs, out): forget_statistics(out)
+        atomic_write(out/'recipe.toml', recipe_toml(recipe))
+        atomic_write(out/'inputs.json', json.dumps(inputs, indent=2))
+    run.accelerator.wait_for_everyone()
+    if recipe.trackers: start_trackers(run)
+
+def start_trackers(run:TrainingRun):
+    "Tell the trackers the name of the run, and its recipe."
+    values = {field.name: getattr(run.recipe, field.name) for field in fields(run.recipe)}
+    config = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in values.items()}
+    name = run.out.name   # where a tracker can be told one
+    names = {'wandb': {'name': name}, 'mlflow': {'run_name': name}, 'clearml': {'task_name': name},
+             'swanlab': {'experiment_name': name}, 'comet_ml': {'experiment_config': {'name': name}}}
+    run.accelerator.init_trackers(run.recipe.project, config,
+                                  {tracker: names[tracker] for tracker in run.recipe.trackers if tracker in names})
+
+def finish(run:TrainingRun):
+    "Write the student of a run that has ended."
+    recipe, out = run.recipe, run.out
+    if run.state['skipped']: atomic_write(out/'skipped.json', json.dumps(run.state['skipped'], indent=2))
+    export_student(recipe, run.widths, run.state['trainer'], out)
+    run.student = Student.from_pretrained(out)
+    run.callbacks.on_end(run)
+
 def run_recipe(
     recipe:Recipe,
     resume:bool=False,                # go on with an unfinished run in the same folder
@@ -239,28 +310,24 @@ def run_recipe(
     callbacks:Callbacks=SILENT,
 )->Path:                              # the run folder
     "Run a recipe to its end. Raises `BadInput` for what cannot work, `Stopped` when a signal asked for it."
-    plan, out = check_recipe(recipe), check_folder(recipe, resume)
+    plan = check_recipe(recipe)
+    check_names(recipe)
+    check_machine(recipe)
+    out = check_folder(recipe, resume)
     uneven = 0. in recipe.spatial_weights or recipe.heads_only or len(plan) > 1 or len(plan[0].parts) > 1
     tracking = dict(log_with=list(recipe.trackers) or None, project_dir=out)
     accelerator = new_accelerator(best_device(recipe.device), bool(uneven), **tracking)
     ready = prepare(recipe, accelerator.device if accelerator.num_processes > 1 else None, inputs)
-    run = TrainingRun(recipe, plan, ready, accelerator, out, callbacks)
-    accelerator.wait_for_everyone()   # all have looked at the folder
-    if accelerator.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        atomic_write(out/'recipe.toml', recipe_toml(recipe))
-    accelerator.wait_for_everyone()
-    if recipe.trackers:
-        accelerator.init_trackers('radio_nb', {key: str(value) for key, value in asdict(recipe).items()})
-    for stage in plan:
-        if run.state and (run.state['ended'] or run.state['step'] >= stage.last): continue   # done before
-        start_stage(run, stage)
-        train_stage(run, stage)
-    if accelerator.is_main_process:
-        if run.state['skipped']: atomic_write(out/'skipped.json', json.dumps(run.state['skipped'], indent=2))
-        export_student(recipe, run.widths, run.state['trainer'], out)
-        run.student = Student.from_pretrained(out)
-        callbacks.on_end(run)
-    accelerator.wait_for_everyone()   # before the group of processes ends, as Accelerate ends it with the training
+    check_readable(ready)
+    with folder_lock(out, accelerator):
+        check_folder(recipe, resume)   # somebody may have been here meanwhile
+        run = TrainingRun(recipe, plan, ready, accelerator, out, callbacks)
+        begin(run)
+        for stage in plan:
+            if run.state and (run.state['ended'] or run.state['step'] >= stage.last): continue   # done before
+            start_stage(run, stage)
+            train_stage(run, stage)
+        if run.main: finish(run)
+        accelerator.wait_for_everyone()   # before the group of processes ends, as Accelerate ends it with the training
     accelerator.end_training()
     return out

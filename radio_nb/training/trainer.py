@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_losses', 'check_width', 'normalize_targets', 'draw_window', 'DistillStep', 'Microbatch', 'microbatches',
-           'log_terms', 'reduce_log', 'retarget', 'TrainState', 'Trainer', 'teacher_gradient_norms']
+           'log_terms', 'reduce_log', 'retarget', 'TrainState', 'microbatch_loss', 'first_averages', 'Trainer',
+           'teacher_gradient_norms']
 
 # %% ../../nbs/training/07_trainer.ipynb #ed4a9115
 from math import isfinite
@@ -17,9 +18,10 @@ from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from ..targets.features import Features
+from ..targets.features import Features, grid_masks
 from ..targets.bad_input import BadInput
 from ..targets.normalizers import Normalizer, multiply
+from ..losses.balancing import BETAS
 from ..losses.multi_teacher import MultiTeacherLoss
 from ..models.randomness import rng_shard
 from ..models.student import Student
@@ -79,22 +81,27 @@ class DistillStep(nn.Module):
         "The student's own choice, by the names they have here."
         return {f'student.{name}' for name in self.student.no_weight_decay()}
 
+    def bits(self)->Tensor|None:
+        "Of the vectors in the student's bottleneck in the last call, where it has one."
+        return getattr(getattr(self.student, 'neck', None), 'bits', None)
+
     def forward(self,
-        images:Tensor,               # (B, 3, H, W) in [0, 1]
-        targets:dict[str, Features], # of the teachers, their grids normalized
-        part:BatchPartition,         # to which the images belong
-        scale:dict[str, float],      # by teacher, a factor for its losses
+        images:Tensor,                     # (B, 3, H, W) in [0, 1]
+        targets:dict[str, Features],       # of the teachers, their grids normalized
+        part:BatchPartition,               # to which the images belong
+        scale:dict[str, float],            # by teacher, a factor for its losses
+        masks:dict[str, Tensor]|None=None, # by teacher, which positions of its grid count; all without it
     )->tuple[Tensor, dict[str, dict[str, Tensor]]]: # the loss; and for a log, by teacher and kind
         "The loss of one microbatch."
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16):
             images = resize(images, part.size)
             draw_window(self.student, images.shape[-2:])
             outputs = self.student(images)
-            if self.cifd is None: return self.loss(outputs, targets, scale=scale)
+            if self.cifd is None: return self.loss(outputs, targets, masks, scale)
             kept = self.cifd.kept()
             teacher_scale = {name: scale[name]*kept[name]['teacher'] for name in targets}
-            loss, losses = self.loss(outputs, targets, scale=teacher_scale)
-            more, cifd_losses = self.cifd(outputs, targets, self.student.neck, kept, scale, part.share)
+            loss, losses = self.loss(outputs, targets, masks, teacher_scale)
+            more, cifd_losses = self.cifd(outputs, targets, self.bits(), kept, scale, part.share, masks)
         return loss + more, {name: losses[name] | cifd_losses[name] for name in losses}
 
 # %% ../../nbs/training/07_trainer.ipynb #2b4ff915
@@ -115,7 +122,9 @@ def microbatches(sources:list[Source], batches:tuple[Batch, ...], accumulate:int
             raise BadInput(f'accumulate: {len(batch.images)} images of a process cannot be divided '
                            f'into {accumulate} microbatches')
         for k in range(accumulate):
-            own = batch._replace(images=batch.images[k::accumulate], rows=batch.rows[k::accumulate])
+            rows = slice(k, None, accumulate)
+            masks = None if batch.masks is None else batch.masks[rows]
+            own = batch._replace(images=batch.images[rows], rows=batch.rows[rows], masks=masks)
             which = shard(accelerator.process_index, accelerator.num_processes, k, accumulate)
             last = (i, k) == (len(sources) - 1, accumulate - 1)
             found.append(Microbatch(source, own, which, seed + (i << 40), last))
@@ -175,9 +184,13 @@ class TrainState:
 
     def new_optimizer(self):
         "Begin with an optimizer that has no moments yet."
-        recipe = self.recipe
-        self.optimizer = timm.optim.create_optimizer_v2(
-            self.distill_step, recipe.optimizer, recipe.lr, recipe.weight_decay)
+        recipe, step, model = self.recipe, self.distill_step, self.distill_step
+        if learned := list(step.loss.parameters()):
+            scale = recipe.balance_lr/recipe.lr   # `lr_scale` is timm's word
+            spared = step.student.no_weight_decay()
+            model = timm.optim.param_groups_weight_decay(step.student, recipe.weight_decay, spared)
+            model.append({'params': learned, 'weight_decay': 0., 'lr_scale': scale, 'betas': BETAS})
+        self.optimizer = timm.optim.create_optimizer_v2(model, recipe.optimizer, recipe.lr, recipe.weight_decay)
 
     def students(self)->list[Student]:
         "The student, and its average where there is one."
@@ -191,7 +204,7 @@ class TrainState:
 
     def optimizer_step(self, lr:float, step:int)->dict[str, float]:
         "Move the weights against the gradient; gives its norm before it was clipped, for the log."
-        for group in self.optimizer.param_groups: group['lr'] = lr
+        for group in self.optimizer.param_groups: group['lr'] = lr*group.get('lr_scale', 1)
         norm = nn.utils.clip_grad_norm_(self.distill_step.student.parameters(), self.recipe.clip)
         if not norm.isfinite():
             raise BadInput(f'step {step}: the norm of the gradient is {norm}; try a lower lr, or precision float32')
@@ -213,13 +226,40 @@ class TrainState:
         load_full_state_dict(self.distill_step, self.optimizer, state['weights'] | frozen, state['optimizer'])
         if self.ema: self.ema.module.load_state_dict(state['ema'])
 
+# %% ../../nbs/training/07_trainer.ipynb #bbd0231a
+def microbatch_loss(
+    trainer:'Trainer',
+    micro:Microbatch,
+    active:dict[str, float],  # by teacher, 1 or 0 where it is left out
+)->tuple[Tensor, list]:       # the loss, and what it adds to the log, see `log_terms`
+    "Teachers, student and losses of some images."
+    part = micro.source.part
+    with trainer.timer('teachers'):
+        features = micro.source.teacher_features(micro.batch, trainer.device)
+        targets = normalize_targets(features, trainer.normalizers, trainer.step)
+    torch.manual_seed(micro.seed)
+    with trainer.timer('student'), rng_shard(**micro.shard):
+        images = micro.batch.images.to(trainer.device)/255
+        scale = {name: weight*active[name] for name, weight in part.weights.items()}
+        loss, losses = trainer.state.model(images, targets, part, scale, grid_masks(micro.batch.masks, targets))
+    return loss, log_terms(part, loss, losses, trainer.distill_step.bits(), trainer.recipe.accumulate)
+
+@torch.no_grad()
+def first_averages(trainer:'Trainer', micros:list[Microbatch]): # micros: all of a step that is to come
+    "Where AdaLoss has no average of a teacher yet, let it divide by the losses that this step is about to have."
+    if not trainer.loss.needs_begin({name for micro in micros for name in micro.source.part.weights}): return
+    trainer.state.model.eval()   # so that nothing else changes
+    everyone = dict.fromkeys(trainer.normalizers, 1.)
+    terms = [term for micro in micros for term in microbatch_loss(trainer, micro, everyone)[1]]
+    trainer.loss.begin(reduce_log(trainer.accelerator, terms)['teachers'])
+
 # %% ../../nbs/training/07_trainer.ipynb #ab611f29
 class Trainer:
     "A student that learns step by step, alone or in the processes of an accelerator."
     def __init__(self, distill_step:DistillStep, recipe:Recipe, device:torch.device, accelerator:Accelerator|None=None):
         self.recipe, self.device, self.accelerator = recipe, device, accelerator or new_accelerator(device)
         self.student, self.loss, self.timer = distill_step.student, distill_step.loss, PhaseTimer(device)
-        self.state = TrainState(distill_step.to(device), recipe, self.accelerator)
+        self.distill_step, self.state = distill_step, TrainState(distill_step.to(device), recipe, self.accelerator)
         self.step, self.last_losses = 0, {}   # how many are done, and every teacher's loss in the last one
 
     def start_stage(self,
@@ -241,26 +281,22 @@ class Trainer:
         seed = recipe.seed*1_000_003 + self.step
         active = teacher_dropout(self.last_losses, list(self.normalizers), recipe.teacher_dropout, seed)
         self.student.heads_only = self.step < recipe.heads_only
+        micros = microbatches(self.sources, batches, recipe.accumulate, seed, accelerator)
+        first_averages(self, micros)
         self.state.model.train()
         self.state.optimizer.zero_grad()
-        for micro in microbatches(self.sources, batches, recipe.accumulate, seed, accelerator):
-            part = micro.source.part
-            with self.timer('teachers'):
-                features = micro.source.teacher_features(micro.batch, self.device)
-                targets = normalize_targets(features, self.normalizers, self.step)
-            torch.manual_seed(micro.seed)
-            with self.timer('student'), rng_shard(**micro.shard), grad_sync(self.state.model, accelerator, micro.last):
-                images = micro.batch.images.to(self.device)/255
-                scale = {name: weight*active[name] for name, weight in part.weights.items()}
-                loss, losses = self.state.model(images, targets, part, scale)
-                accelerator.backward(loss/recipe.accumulate)   # the last microbatch averages gradients over processes
-            bits = getattr(getattr(self.student, 'neck', None), 'bits', None)
-            terms += log_terms(part, loss, losses, bits, recipe.accumulate)
+        for micro in micros:
+            with grad_sync(self.state.model, accelerator, micro.last):
+                loss, more = microbatch_loss(self, micro, active)
+                with self.timer('student'):
+                    accelerator.backward(loss/recipe.accumulate)   # the last one averages gradients over processes
+            terms += more
 
         line = reduce_log(accelerator, terms)
         check_losses(self.step, line['teachers'])
         with self.timer('optimizer'):
             line |= self.state.optimizer_step(learning_rate(self.step, self.plan, recipe), self.step)
+        self.loss.update(line['teachers'])   # once for each step, of all microbatches, partitions and processes
         self.last_losses = {name: sum(losses.values()) for name, losses in line['teachers'].items()}
         self.step += 1
         return {'step': self.step} | line
@@ -277,13 +313,15 @@ class Trainer:
 # %% ../../nbs/training/07_trainer.ipynb #967f0508
 def teacher_gradient_norms(trainer:Trainer, batches:tuple[Batch, ...])->dict[str, float]:
     "The norm of each teacher's gradient on the backbone, averaged over the processes."
-    norms = {}
-    for micro in microbatches(trainer.sources, batches, trainer.recipe.accumulate, 0, trainer.accelerator):
+    norms, micros = {}, microbatches(trainer.sources, batches, trainer.recipe.accumulate, 0, trainer.accelerator)
+    first_averages(trainer, micros)
+    for micro in micros:
         part = micro.source.part
         if part.weights.keys() <= norms.keys(): continue
         features = micro.source.teacher_features(micro.batch, trainer.device)
         targets = normalize_targets(features, trainer.normalizers, trainer.step)
         new = {name: target for name, target in targets.items() if name not in norms}
         images = resize(micro.batch.images.to(trainer.device)/255, part.size)
-        norms |= gradient_norms(trainer.student, trainer.loss, images, new)
+        masks = grid_masks(micro.batch.masks, new)
+        norms |= gradient_norms(trainer.student, trainer.loss, images, new, masks)
     return dict(zip(norms, trainer.accelerator.reduce(torch.stack(list(norms.values())), 'mean').tolist()))
