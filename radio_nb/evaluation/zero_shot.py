@@ -14,13 +14,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..targets.bad_input import BadInput
 from ..models.specs import parse_spec
 from ..models.teachers import open_clip_model, own_seed
+from ..models.tensor_files import load_tensors, save_tensors
 import open_clip  # after radio_nb, see its `__init__`
 
 # %% ../../nbs/evaluation/03_zero_shot.ipynb #16f3467a
@@ -112,17 +111,13 @@ def _key(spec, names, templates):
 
 def _read(path, key):
     "The embeddings in a file, or None where there are none for this key."
-    try:
-        with safe_open(path, 'pt') as file:
-            if (file.metadata() or {}).get('key') != key: return None
-            return file.get_tensor('embeddings')
-    except (OSError, SafetensorError): return None
+    try: tensors, texts = load_tensors(path)
+    except BadInput: return None   # missing or damaged
+    return tensors.get('embeddings') if texts.get('key') == key else None
 
 def _write(path, key, embeddings):
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f'.{os.getpid()}.part')   # its own for each process, and whole when it gets its name
-    save_file({'embeddings': embeddings}, part, {'key': key})
-    os.replace(part, path)
+    save_tensors(path, {'embeddings': embeddings}, key=key)
 
 def cached_embeddings(
     spec:str,                            # of an open_clip model, see `TextTower`

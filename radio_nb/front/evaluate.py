@@ -21,8 +21,9 @@ from ..models.student import Student
 from ..models.teachers import Teacher, load_teacher
 from ..data.images import open_images
 from ..training.recipe import Recipe, difference, teacher_names
-from ..training.run_folder import finished, recipe_of
+from ..training.run_folder import check_inputs, finished, recipe_of
 from ..training.stages import check_recipe
+from ..training.teacher_cache import weights_fingerprint
 from ..training.statistics import crop_sides, load_normalizers, statistics_file
 from ..training.train import best_device
 from ..evaluation.match import Constant
@@ -64,8 +65,10 @@ def open_run(
 
 # %% ../../nbs/front/04_evaluate.ipynb #22f3b8f3
 def load_own(run:FinishedRun, name:str)->Teacher:
-    "A teacher of a run, as it was when the student learned from it."
-    return load_teacher(run.teachers[name], name=name, seed=run.recipe.seed).to(run.device)
+    "A teacher of a run, as it was when the student learned from it. Raises `BadInput` where its weights changed."
+    teacher = load_teacher(run.teachers[name], name=name, seed=run.recipe.seed).to(run.device)
+    check_inputs(run.out, {f'teacher {name}': weights_fingerprint(teacher)})
+    return teacher
 
 def other_models(
     run:FinishedRun,

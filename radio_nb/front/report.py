@@ -9,6 +9,7 @@ __all__ = ['LEARNED', 'GENERALIZES', 'FALLEN', 'SKIPPED', 'OUTCOMES', 'EXPLANATI
            'skipped_blocks', 'write_report']
 
 # %% ../../nbs/front/02_report.ipynb #26bb0471
+import sys
 from collections.abc import Callable
 from html import escape
 from math import isfinite
@@ -191,9 +192,13 @@ def refresh_report(out:Path):
     "Put the newest scores into a run's report, where there is one."
     report = out/'report.html'
     if not report.exists(): return
-    before, mark, rest = report.read_text(encoding='utf-8').partition('<section id=evaluation>')
-    after = rest.partition('</section>')[2] if mark else '</html>'
-    atomic_write(report, before.removesuffix('</html>') + evaluation_block(out) + after)
+    page = report.read_text(encoding='utf-8', errors='replace')
+    before, mark, rest = page.partition('<section id=evaluation>')
+    _, end, after = rest.partition('</section>')
+    if not page.endswith('</html>') or bool(mark) != bool(end):
+        return print(f'{report} is damaged: delete it, and the command of the run makes it again', file=sys.stderr)
+    if not mark: before, after = page.removesuffix('</html>'), '</html>'   # it was written before there was a section
+    atomic_write(report, before + evaluation_block(out) + after)
 
 # %% ../../nbs/front/02_report.ipynb #884bfd89
 EXPLANATION = ('Explained is the share of the variance of a teacher\'s grid of features that the student predicts, '

@@ -36,7 +36,7 @@ def save_tensors(
 ):
     "Write tensors atomically, with their fingerprint. Raises `BadInput` where the disk is full."
     path, whole = Path(path), {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    part = path.with_suffix('.part')
+    part = path.with_suffix(f'.{os.getpid()}.part')   # its own for each process
     try:
         # `save_file` would leave it to its owner alone
         part.write_bytes(save(whole, texts | {'fingerprint': fingerprint(whole)}))

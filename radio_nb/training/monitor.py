@@ -55,12 +55,13 @@ def gradient_norms(
     targets:dict[str, Features],  # teacher features, their grids normalized
     masks:dict[str, Tensor]|None=None, # by teacher, see `spatial_loss`
 )->dict[str, Tensor]:             # scalars
-    "The norm of each teacher's gradient on the weights of the backbone."
+    "The norm of each teacher's gradient on the weights of the backbone; none for a teacher whose weights are 0."
     modes = [(module, module.training) for part in (student, loss) for module in part.modules()]
     student.eval()
     loss.eval()
     shared, outputs, norms = [p for p in student.backbone.parameters() if p.requires_grad], student(images), {}
     for name, target in targets.items():
+        if not any(loss.weights[name].values()): continue
         total, _ = loss(outputs, {name: target}, masks)
         gradients = torch.autograd.grad(total, shared, retain_graph=True, allow_unused=True)
         norms[name] = torch.stack([gradient.norm() for gradient in gradients if gradient is not None]).norm()

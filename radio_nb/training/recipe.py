@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AtLeast0', 'AtLeast1', 'NotNegative', 'Positive', 'Fraction', 'Share', 'Probability', 'Size', 'Interval', 'fits',
            'wanted', 'check_values', 'Checked', 'Partition', 'Stage', 'Recipe', 'recipe_toml', 'read_recipe',
-           'difference', 'teacher_names', 'teacher_weights', 'check_rates', 'check_names']
+           'parse_recipe', 'difference', 'teacher_names', 'teacher_weights', 'check_rates', 'check_names']
 
 # %% ../../nbs/training/00_recipe.ipynb #f96fc4cf
 import tomllib
@@ -166,13 +166,17 @@ def recipe_toml(recipe:Recipe, brief:bool=False)->str: # brief: without fields t
 def read_recipe(path:Path)->dict:
     "The fields in a TOML file. Raises `BadInput` where it is missing, not TOML, or has fields that make no sense."
     if not Path(path).is_file(): raise BadInput(f'no such recipe: {path}')
-    try: values = _with_tuples(tomllib.loads(Path(path).read_text(encoding='utf-8-sig')))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as e:
-        raise BadInput(f'{path} is not TOML in UTF-8, or not all of it is there: {e}') from e
+    try: return parse_recipe(Path(path).read_text(encoding='utf-8-sig'), path)
+    except (UnicodeDecodeError, OSError) as e: raise BadInput(f'{path} is not TOML in UTF-8: {e}') from e
+
+def parse_recipe(text:str, source:str|Path)->dict: # source: where the text comes from, for the message
+    "The fields in TOML. Raises `BadInput` as `read_recipe` does."
+    try: values = _with_tuples(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as e: raise BadInput(f'{source} is not TOML, or not all of it is there: {e}') from e
     try:
         if 'stages' in values: values['stages'] = _tables(Stage, values['stages'])
         check_values(Recipe, values)
-    except BadInput as e: raise BadInput(f'{path}: {e}') from e
+    except BadInput as e: raise BadInput(f'{source}: {e}') from e
     return values
 
 def _with_tuples(value):

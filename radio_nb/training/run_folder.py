@@ -21,7 +21,7 @@ from accelerate.utils import gather_object
 
 from ..targets.bad_input import BadInput
 from ..data.files import atomic_write, lock
-from .recipe import Recipe, difference, read_recipe
+from .recipe import Recipe, difference, parse_recipe, read_recipe
 
 # %% ../../nbs/training/01_run_folder.ipynb #cbc6a686
 def checkpoints(folder:Path)->list[Path]:
@@ -70,23 +70,18 @@ def begun(out:Path)->bool:
     return finished(out) or bool(checkpoints(Path(out)/'checkpoints'))
 
 def recipe_of(out:Path)->Recipe|None: # None where there is none
-    "The recipe of a run. Raises `BadInput` where it cannot be read."
+    "The recipe of a run, from its last checkpoint where the file is damaged. Raises `BadInput`."
     path = Path(out)/'recipe.toml'
-    try: return Recipe(**read_recipe(path)) if path.exists() else None
-    except (BadInput, TypeError) as e:
-        raise BadInput(f'{e}. Its recipe is damaged: with the flags or the file of this run and --resume '
-                       'it is written again') from e
-
-def _saved_recipe(out):
-    "What `recipe_of` gives, or what the checkpoints say, where it cannot be read."
-    try: return recipe_of(out)
-    except BadInput as e:
-        state = load_checkpoint(out/'checkpoints')
-        if state is None or 'recipe' not in state: raise
-        print(e, file=sys.stderr)
-        with suppress(OSError): (out/'recipe.toml').rename(out/'recipe.damaged')
-        atomic_write(out/'recipe.toml', state['recipe'])
-        return recipe_of(out)
+    try:
+        if path.exists(): return Recipe(**read_recipe(path))
+        trouble = f'{path} is missing'
+    except BadInput as e: trouble = str(e)
+    except TypeError: trouble = f'{path} lacks fields that every recipe has'
+    state = load_checkpoint(path.parent/'checkpoints') or {}
+    if 'recipe' in state:
+        print(f'{trouble}; taken from the last checkpoint instead', file=sys.stderr)
+        return Recipe(**parse_recipe(state['recipe'], 'the last checkpoint'))
+    if path.exists(): raise BadInput(f'{trouble}: put back a copy, or choose another --out')
 
 def check_folder(recipe:Recipe, resume:bool)->Path:
     "The folder of a run. Raises `BadInput` where it belongs to another run, or to something else."
@@ -99,7 +94,7 @@ def check_folder(recipe:Recipe, resume:bool)->Path:
         if strange and 'recipe.toml' not in strange:
             raise BadInput(f'{out} is not empty and holds no run ({strange[0]}): choose another --out')
         return out
-    differs = difference(recipe, _saved_recipe(out) or recipe)
+    differs = difference(recipe, recipe_of(out) or recipe)
     if differs: raise BadInput(f'{out} holds a run with another recipe ({differs}): choose another --out')
     if not resume and finished(out): raise BadInput(f'{out} holds a finished run: choose another --out')
     if not resume:

@@ -94,6 +94,9 @@ def check_recipe(recipe:Recipe)->tuple[StagePlan, ...]: # the stages, worked out
         raise BadInput('all summary_weights and spatial_weights are 0: there would be nothing to learn')
     check_rates(recipe)
     plans = plan_stages(recipe, names)
+    for part in (part for plan in plans for part in plan.parts):
+        if not any(summary[name] or spatial[name] for name in part.weights):
+            raise BadInput(f'the part of a batch for {", ".join(part.weights)} teaches nothing: the weights are all 0')
     check_views(recipe)
     if recipe.shard and recipe.ema:
         raise BadInput('shard: an average of sharded weights is not kept; leave out --ema')
