@@ -1,4 +1,5 @@
 "What a run folder promises (see the table in the chapter `run_folder`): locks, ingredients, signals, disks, odd names."
+import errno
 import json
 import os
 import shlex
@@ -11,16 +12,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from children import Children, command, other_teacher, small_images
 from conftest import SMALL
 
 import radio_nb
-from radio_nb.data.files import lock
+from radio_nb.data.crops import centre_crop
+from radio_nb.data.files import atomic_write, lock
 from radio_nb.front import cli
+from radio_nb.models.student import Student
 from radio_nb.targets.bad_input import BadInput
-from radio_nb.training.recipe import Recipe
+from radio_nb.training.recipe import Recipe, Stage
 from radio_nb.training.run_folder import load_checkpoint
-from radio_nb.training.train import Callbacks, run_recipe
+from radio_nb.training.train import Callbacks, Inputs, run_recipe
 
 
 @pytest.fixture(scope='module')
@@ -161,6 +165,20 @@ def test_a_flipped_bit_in_a_checkpoint_is_noticed(recipe, byte, capsys):
     assert (out/'student.safetensors').read_bytes() == (whole/'student.safetensors').read_bytes()
 
 
+@pytest.mark.parametrize('how', ['cut', 'flipped', 'empty', 'other'])
+def test_damaged_statistics_are_measured_again_to_the_same_bits(recipe, how, capsys):
+    whole = run_recipe(replace(recipe, out=recipe.out + '-whole'))
+    out = half_done(recipe)
+    path = out/'statistics.safetensors'
+    data = bytearray(path.read_bytes())
+    if how == 'flipped': data[-5] ^= 1
+    path.write_bytes({'cut': data[:-9], 'flipped': data, 'empty': b'', 'other': b'not a file of tensors'}[how])
+    run_recipe(recipe, resume=True)
+    assert 'is damaged' in (said := capsys.readouterr().err) and 'the teachers are measured again' in said
+    for name in ('statistics.safetensors', 'student.safetensors'):
+        assert (out/name).read_bytes() == (whole/name).read_bytes()
+
+
 def test_a_lost_recipe_is_written_again(recipe):
     whole = run_recipe(replace(recipe, out=recipe.out + '-whole'))
     out = half_done(recipe)
@@ -249,7 +267,7 @@ def test_images_that_are_a_fifo_or_have_no_name_in_utf_8(recipe, refused, tmp_pa
     os.rename(os.fsencode(images/'00.png'), os.fsencode(images) + b'/\xff\xfe.png')
     with open(os.fsencode(images) + b'/\xfd.png', 'wb') as file: file.write(b'no image')
     cli.main(flags(recipe, images=str(images)))
-    assert (tmp_path/'run'/'report.html').exists() and 'skipped' in capsys.readouterr().out
+    assert (tmp_path/'run'/'report.html').exists() and '\n1 image was skipped; ' in capsys.readouterr().out
 
 
 def shell(line, **env):
@@ -299,5 +317,91 @@ def test_a_finished_run_can_be_made_longer(recipe):
     assert sum(losses(second)[-10:])/10 < 1.02*ended
     with pytest.raises(BadInput, match='init: the student of .* has head_width 8, and this one 16'):
         run_recipe(replace(more, out=recipe.out + '-other', head_width=16))
-    with pytest.raises(BadInput, match='init: .*nowhere holds no finished run'):
+    with pytest.raises(BadInput, match='nowhere holds no student'):
         run_recipe(replace(more, out=recipe.out + '-other', init='nowhere'))
+
+
+def test_a_run_goes_on_from_another_with_a_teacher_that_comes_later(recipe, home):
+    "Its head is brought into the space of the targets when it is measured."
+    two = replace(recipe, teachers=(*recipe.teachers, 'zoo:u2netp#32'), hold_out=0, statistics_steps=30)
+    first = run_recipe(replace(two, steps=40, lr=3e-3))
+    saved, images, gaps = Student.from_pretrained(first), torch.rand(2, 3, 32, 32), []
+    def compare(run):
+        "What the student gives in training, brought back into the teachers' space, with what the saved one gives."
+        run.student.eval()
+        with torch.no_grad(): now = run.student(images)
+        for name, normalizer in run.trainer.normalizers.items():
+            own, before = normalizer.inverse(now[name].spatial), saved(images)[name].spatial
+            gaps.append(((own - before).norm()/before.norm()).item())
+    stages = (Stage(2, teachers=('small',)), Stage(2))
+    second = run_recipe(replace(two, out=recipe.out + '-more', init=str(first), stages=stages, lr=1e-7),
+                        callbacks=Callbacks(on_step=compare))
+    assert len(gaps) == 1 + 1 + 2 + 2 and max(gaps) < 1e-3
+    shutil.rmtree(first)   # is not needed any more
+    assert radio_nb.Run(second).match
+
+
+def test_a_run_that_is_ended_before_a_teacher_took_part(recipe, capsys):
+    two = replace(recipe, teachers=(*recipe.teachers, 'zoo:u2netp#32'),
+                  stages=(Stage(3, teachers=('small',)), Stage(3)))
+    run_recipe(two, callbacks=Callbacks(on_step=lambda run: run.stop()))
+    assert 'the run ended before teacher u2netp took part' in capsys.readouterr().err
+    run = radio_nb.Run(two.out)
+    assert list(run.match['new crops']['student']) == ['small'] and run.report().exists()
+
+
+def test_another_crop_is_noticed(recipe):
+    half_done(recipe)
+    with pytest.raises(BadInput, match='the crop changed since this run began'):
+        run_recipe(recipe, resume=True, inputs=Inputs(crop=centre_crop))
+
+
+def test_a_folder_with_a_recipe_of_one_s_own_is_left_alone(recipe, tmp_path, refused):
+    (tmp_path/'run').mkdir()
+    (tmp_path/'run'/'recipe.toml').write_text('# mine\nsteps = 4\n')
+    assert 'is not empty and holds no run' in refused(*flags(recipe))
+    assert (tmp_path/'run'/'recipe.toml').read_text().startswith('# mine')
+
+
+def test_a_file_system_without_locks_is_named_and_used(recipe, monkeypatch, capsys):
+    "And another user's lock is neither taken nor removed."
+    def none(*_): raise OSError(errno.ENOLCK, 'No locks available')
+    monkeypatch.setattr('radio_nb.data.files.fcntl.flock', none)
+    run_recipe(recipe)
+    assert 'this file system has no locks' in capsys.readouterr().err
+    def denied(*_): raise OSError(errno.EPERM, 'Operation not permitted')
+    monkeypatch.setattr('radio_nb.data.files.fcntl.flock', denied)
+    path = Path(recipe.out)/'theirs'
+    path.write_text('{}')
+    with pytest.raises(BadInput, match='theirs cannot be locked .Operation not permitted'):
+        with lock(path, 'it'): pass
+    assert path.exists()
+
+
+def test_a_copy_of_this_process_does_not_keep_the_lock(tmp_path):
+    "As a process that decodes images would, whose parent is killed."
+    with lock(tmp_path/'x', 'it'):
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with lock(tmp_path/'x', 'it'): pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_two_processes_that_write_one_file_both_write_it_whole(tmp_path):
+    writers = [Children(1, tmp_path/f'{i}', _writes, tmp_path/'file.json', i) for i in range(2)]
+    for writer in writers: writer.wait()
+    assert set((tmp_path/'file.json').read_text()) in ({'0'}, {'1'})
+
+
+def _writes(path, i):
+    for _ in range(200): atomic_write(path, str(i)*10_000)
+
+
+def test_lists_and_paths_are_taken_in_python(recipe, home):
+    values = vars(recipe) | {'teachers': list(recipe.teachers), 'summary_weights': [1.], 'out': Path(recipe.out)}
+    assert radio_nb.distill(**values, live=False).recipe.summary_weights == (1.,)

@@ -7,6 +7,7 @@ __all__ = ['atomic_write', 'Taken', 'lock', 'in_notebook', 'hours_minutes_second
            'signals_interrupt', 'dead_workers_named']
 
 # %% ../../nbs/data/03_files.ipynb #84f5fc7e
+import errno
 import fcntl
 import json
 import os
@@ -25,7 +26,7 @@ from ..targets.bad_input import BadInput
 # %% ../../nbs/data/03_files.ipynb #ca02d104
 def atomic_write(path:Path, text:str):
     "Write a file atomically: whatever happens, it is as it was before or as it is to be. Raises `BadInput`."
-    part = Path(f'{path}.part')
+    part = Path(f'{path}.{os.getpid()}.part')   # its own for each process
     try:
         part.write_text(text, encoding='utf-8', errors='backslashreplace')   # a file's name need not be UTF-8
         os.replace(part, path)
@@ -37,21 +38,29 @@ def atomic_write(path:Path, text:str):
 class Taken(BadInput):
     "Another process works in the same folder; the message says which."
 
-_held = set()   # the locks of this process
+_files = set()   # those that this process has locked
+
+def _close_all():
+    for file in _files: file.close()
+    _files.clear()
+
+os.register_at_fork(after_in_child=_close_all)
 
 def _try_lock(path):
-    "The open, locked file; None where another process has it. Raises `OSError` where the file system has no locks."
+    "The open, locked file; None where somebody else has it. Raises `OSError`."
     while True:
         file = open(path, 'a+')
-        try: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)): return file
+        except BlockingIOError:
             file.close()
             return None
-        except BaseException:
+        except FileNotFoundError: pass
+        except OSError:
             file.close()
             raise
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()): return file
-        file.close()   # its last owner has removed it meanwhile
+        file.close()   # its last owner removed it in this moment
 
 def _owner(path):
     "Who has a lock, as far as its file says."
@@ -59,36 +68,37 @@ def _owner(path):
     except (OSError, ValueError): return 'another process'
     return f'process {who["pid"]} on {who["host"]} (since {who["since"]})'
 
+def _wait_for_lock(path, what, wait):
+    while (file := _try_lock(path)) is None:
+        if wait is None: raise Taken(f'{what} is in use by {_owner(path)}: wait for it to end, or choose another')
+        wait(f'{what} is in use by {_owner(path)}; waiting')
+        time.sleep(1)
+    who = json.dumps({'pid': os.getpid(), 'host': socket.gethostname(), 'since': time.strftime('%F %T')})
+    with suppress(OSError):   # on a full disk the lock is enough
+        file.truncate(0)
+        os.write(file.fileno(), who.encode())
+    return file
+
 @contextmanager
 def lock(
     path:Path,                    # of a file that exists as long as somebody has the lock; its folder must exist
     what:str,                     # what it protects, for the message
     wait:Callable|None=None,      # called with a line of text about every second until the lock is free; none: refuse
 ):
-    "Within it no other process has this lock. Raises `Taken` where one has and `wait` is not given."
-    path = Path(path).absolute()
-    while path in _held or not (file := _lock_or_warn(path)):
-        owner = 'this process' if path in _held else _owner(path)
-        if wait is None: raise Taken(f'{what} is in use by {owner}: wait for it to end, or choose another')
-        wait(f'{what} is in use by {owner}; waiting')
-        time.sleep(1)
-    _held.add(path)
-    try:
-        who = json.dumps({'pid': os.getpid(), 'host': socket.gethostname(), 'since': time.strftime('%F %T')})
-        file.truncate(0)
-        with suppress(OSError): os.write(file.fileno(), who.encode())   # on a full disk the lock is enough
-        yield
-    finally:
-        _held.discard(path)
-        path.unlink(missing_ok=True)
-        file.close()
-
-def _lock_or_warn(path):
-    try: return _try_lock(path)
+    "Within it nobody else has this lock. Raises `Taken` where somebody has and `wait` is not given, or `BadInput`."
+    try: file = _wait_for_lock(Path(path), what, wait)
     except OSError as e:
-        print(f'{path.parent} cannot be locked ({e.strerror}): see to it yourself that nothing else writes there',
-              file=sys.stderr)
-        return open(os.devnull, 'a+')
+        if e.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise BadInput(f'{path} cannot be locked ({e.strerror})') from e
+        print(f'{what}: this file system has no locks; see to it that nothing else writes there', file=sys.stderr)
+        yield
+        return
+    _files.add(file)
+    try: yield
+    finally:
+        _files.discard(file)
+        Path(path).unlink(missing_ok=True)
+        file.close()
 
 # %% ../../nbs/data/03_files.ipynb #e17df40c
 def in_notebook()->bool:

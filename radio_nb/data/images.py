@@ -40,12 +40,12 @@ PLUGINS = {'.heic': 'pillow-heif', '.heif': 'pillow-heif', '.hif': 'pillow-heif'
 RAW = ('.3fr', '.arw', '.cr2', '.cr3', '.dng', '.erf', '.nef', '.nrw', '.orf', '.pef', '.raf', '.rw2', '.srw', '.x3f')
 
 def image_endings()->tuple[str, ...]:
-    "How the names of images end, in small letters."
+    "How the names of images end, in lower case."
     return (*Image.registered_extensions(), *PLUGINS, *RAW)
 
 def files_ending(
     path:Path,               # a folder, which is searched with all its subfolders, or a file
-    endings:tuple[str, ...], # in small letters
+    endings:tuple[str, ...], # in lower case
 )->list[str]:                # sorted
     "The files in a folder whose names end so, or the file itself. Raises `BadInput` for a folder that cannot be read."
     def refuse(e): raise BadInput(f'{printable(e.filename)} cannot be read: {e.strerror}')
@@ -137,7 +137,7 @@ def only_images(
     source:str,             # what to call it in a message
     column:str='',          # see `choose_column`
 )->Dataset|IterableDataset: # one column `image`, undecoded
-    "The column of images of a data set. Raises `BadInput` where there is none or more than one, or no row."
+    "The column of images of a data set. Raises `BadInput` where there is none, more than one, or no row."
     if isinstance(dataset, Shards): return dataset
     column = image_column(dataset.features or {}, column, source)
     # cast before renaming, because a stream decodes its images to rename their column
@@ -179,7 +179,7 @@ def open_images(
     return dataset_of_files(files, stream)
 
 def parquet_arguments(files:list[str])->dict:
-    "What `load_dataset` needs to read Parquet files, and not what it remembers of others in their place."
+    "What `load_dataset` needs to read Parquet files, and not a cached copy of those that they replaced."
     footers(files)
     states = [os.stat(file) for file in files]
     state = hashlib.sha256(str([(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for s in states]).encode())
@@ -187,7 +187,7 @@ def parquet_arguments(files:list[str])->dict:
     return dict(path='parquet', name=state.hexdigest()[:16], data_files=list(map(glob.escape, files)), split='train')
 
 def footers(files:list[str])->list[pq.FileMetaData]:
-    "What is said at the end of Parquet files. Raises `BadInput` for one that is broken or not whole."
+    "What Parquet files say at their end. Raises `BadInput` for one that is broken or not whole."
     found = []
     for file in files:
         try: found.append(pq.read_metadata(file))
@@ -280,7 +280,7 @@ def grey_levels(
     if not 0 <= least <= most <= white:   # nor is NaN
         raise Unreadable(f'has values from {least:.6g} to {most:.6g}, and 0 to {white} are black to white')
     grey = (values//257 if white == 65535 else values*255 + .5).astype(np.uint8)
-    if most > 0 and grey.max() < 4: raise Unreadable(f'is all but black: its largest value is {most:.6g} of {white}')
+    if most > 0 and grey.max() < 32: raise Unreadable(f'is all but black: its largest value is {most:.6g} of {white}')
     return np.repeat(grey[..., None], 3, 2)
 
 # %% ../../nbs/data/00_images.ipynb #e181695d
@@ -343,7 +343,7 @@ SAMPLE = 100  # images of a data set whose bytes belong to its fingerprint
 
 def images_fingerprint(
     images:Dataset|IterableDataset, # from `open_images`
-    thorough:bool=False,            # whether times of change count, and all bytes that lie in the data set
+    thorough:bool=False,            # whether modification times count, and all bytes that lie in the data set
 )->str:                             # 16 hexadecimal digits
     "A fingerprint of names, sizes and some bytes, the same for a copy of a folder; of a stream, of its beginning."
     if not isinstance(images, Dataset):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..targets.bad_input import BadInput
-from ..data.files import atomic_write
+from ..data.files import atomic_write, lock
 
 # %% ../../nbs/evaluation/06_scores.ipynb #dbbf3e8f
 class Score(NamedTuple):
@@ -88,9 +88,10 @@ def save_scores(
     scores:list[Score],
 )->list[Score]:         # all that are there now
     "Add scores to a run's `evaluation.json`."
-    everything = merged(load_scores(out), scores)
-    lines = ',\n'.join(json.dumps(score._asdict(), ensure_ascii=False) for score in everything)
-    atomic_write(Path(out)/'evaluation.json', f'{{"scores": [\n{lines}\n]}}\n')
+    with lock(Path(out)/'evaluation.lock', str(out), wait=print):   # two may evaluate one run
+        everything = merged(load_scores(out), scores)
+        lines = ',\n'.join(json.dumps(score._asdict(), ensure_ascii=False) for score in everything)
+        atomic_write(Path(out)/'evaluation.json', f'{{"scores": [\n{lines}\n]}}\n')
     return everything
 
 # %% ../../nbs/evaluation/06_scores.ipynb #f9339689

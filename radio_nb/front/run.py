@@ -240,11 +240,17 @@ def distill(
         if not values.get(name):
             raise BadInput(f'{name}: say which, for example images="zoo:photos", teachers=["zoo:u2netp"]')
     values.setdefault('out', free_folder())
+    values = {name: _plain(value) for name, value in values.items()}
     recipe, inputs = Recipe(**values), Inputs(dataset, objects, crop)
     if finished(Path(recipe.out)): return opened(recipe, inputs)
     if live is None: live = in_notebook() and find_spec('anywidget') is not None
     callbacks = Callbacks(_both(LiveCurves(), on_step) if live else on_step, on_checkpoint, on_end)
     return Run(run_recipe(recipe, resume, inputs, callbacks), inputs)
+
+def _plain(value):
+    "As a recipe has it: tuples and texts where Python has lists and paths."
+    if isinstance(value, list): return tuple(map(_plain, value))
+    return str(value) if isinstance(value, Path) else value
 
 def _both(first, second):
     def call(run):

@@ -38,10 +38,12 @@ def save_tensors(
     path, whole = Path(path), {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     part = path.with_suffix(f'.{os.getpid()}.part')   # its own for each process
     try:
-        # `save_file` would leave it to its owner alone
+        # a file of `save_file` can be read by its owner alone
         part.write_bytes(save(whole, texts | {'fingerprint': fingerprint(whole)}))
         os.replace(part, path)
-    except OSError as e: raise BadInput(f'{path} could not be written ({e.strerror})') from e
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise BadInput(f'{path} could not be written ({e.strerror})') from e
 
 def load_tensors(
     path:Path,

@@ -247,8 +247,6 @@ def check_names(recipe:Recipe):
     for spec in teacher_names(recipe.teachers).values(): check_spec(spec)
     check_spec(recipe.student if ':' in recipe.student else f'timm:{recipe.student}@random')
     if recipe.stem: check_spec(recipe.stem)
-    if recipe.init and not Path(recipe.init, 'student.safetensors').is_file():
-        raise BadInput(f'init: {recipe.init} holds no finished run: there is no student.safetensors in it')
     source = recipe.images.removeprefix('stream:')
     file = source.rpartition('#')[0] or source   # behind it a column may be named
     if source.startswith(('hf:', 'zoo:', 'python:')): return

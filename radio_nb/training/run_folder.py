@@ -67,7 +67,8 @@ def finished(out:Path)->bool:
 
 def begun(out:Path)->bool:
     "Whether a run folder holds something that has been learned."
-    return finished(out) or bool(checkpoints(Path(out)/'checkpoints'))
+    try: return finished(out) or bool(checkpoints(Path(out)/'checkpoints'))
+    except OSError: return False   # a name that no folder can have
 
 def recipe_of(out:Path)->Recipe|None: # None where there is none
     "The recipe of a run, from its last checkpoint where the file is damaged. Raises `BadInput`."
@@ -85,13 +86,11 @@ def recipe_of(out:Path)->Recipe|None: # None where there is none
 
 def check_folder(recipe:Recipe, resume:bool)->Path:
     "The folder of a run. Raises `BadInput` where it belongs to another run, or to something else."
-    out = Path(recipe.out)
-    try: others = [path.name for path in out.iterdir()] if recipe.out and (out.exists() or out.is_symlink()) else []
-    except OSError as e: raise BadInput(f'{out} cannot be a folder ({e.strerror}): choose another --out') from e
     if not recipe.out: raise BadInput('--out: say in which folder the run is to be')
+    out = Path(recipe.out)
     if not begun(out):
-        strange = [name for name in others if name != 'run.lock' and not name.endswith('.part')]
-        if strange and 'recipe.toml' not in strange:
+        strange = [name for name in _names_in(out) if name != 'run.lock' and not name.endswith('.part')]
+        if strange and 'inputs.json' not in strange:   # which a run writes first
             raise BadInput(f'{out} is not empty and holds no run ({strange[0]}): choose another --out')
         return out
     differs = difference(recipe, recipe_of(out) or recipe)
@@ -100,6 +99,13 @@ def check_folder(recipe:Recipe, resume:bool)->Path:
     if not resume:
         raise BadInput(f'{out} holds an unfinished run: add --resume to go on with it, or choose another --out')
     return out
+
+def _names_in(out):
+    try: return [path.name for path in out.iterdir()]
+    except FileNotFoundError:
+        if not out.is_symlink(): return []
+        raise BadInput(f'{out} is a link to nowhere: choose another --out') from None
+    except OSError as e: raise BadInput(f'{out} cannot be a folder ({e.strerror}): choose another --out') from e
 
 # %% ../../nbs/training/01_run_folder.ipynb #d50aa3f5
 @contextmanager
@@ -112,7 +118,8 @@ def folder_lock(out:Path, accelerator:Accelerator)->Iterator[None]:
                 out.mkdir(parents=True, exist_ok=True)
                 stack.callback(_remove_if_empty, out)
                 stack.enter_context(lock(out/'run.lock', str(out)))
-            except (BadInput, OSError) as e: problem = str(e)
+            except OSError as e: problem = f'{out} cannot be made ({e.strerror}): choose another --out'
+            except BadInput as e: problem = str(e)
         problem = gather_object([problem])[0]
         if problem: raise BadInput(problem)
         yield
@@ -134,7 +141,7 @@ def read_json(path:Path)->dict:
     try: found = json.loads(path.read_text(encoding='utf-8'))
     except (ValueError, OSError) as e: found = e
     if isinstance(found, dict): return found
-    raise BadInput(f'{path} is damaged ({found}): delete it, and it is made again')
+    raise BadInput(f'{path} is damaged ({found}): put back a copy, or delete it to go on without it')
 
 def forget_statistics(out:Path):
     "Remove what was measured for another recipe, or of other ingredients, in a run that has learned nothing yet."

@@ -115,8 +115,8 @@ def check_views(recipe:Recipe):
 # %% ../../nbs/training/02_stages.ipynb #fc921743
 def check_machine(recipe:Recipe):
     "Raise `BadInput` for devices, compilers and trackers that this machine does not have."
-    for field in ('device', 'teacher_device'):
-        if getattr(recipe, field) not in ('', 'auto'): check_device(field, getattr(recipe, field))
+    if recipe.device != 'auto': check_device('device', recipe.device)
+    if recipe.teacher_device: check_device('teacher_device', recipe.teacher_device)
     backends = torch.compiler.list_backends(exclude_tags=()) if recipe.compile else []
     if recipe.compile and recipe.compile not in backends:
         raise unknown('backend of torch.compile', recipe.compile, backends)
@@ -127,7 +127,11 @@ def check_machine(recipe:Recipe):
 
 def check_device(field:str, name:str)->str: # field: of the recipe, for the message
     "The same name; raises `BadInput` where torch does not know such a device, or does not have it here."
-    try: torch.zeros(1, device=name).item()
+    try:
+        device = torch.device(name)
+        if device.type == 'cuda':   # without opening it: every process would hold memory there
+            if (device.index or 0) >= torch.cuda.device_count(): raise ValueError(name)
+        else: torch.zeros(1, device=device).item()
     except Exception as e:   # every kind of device has an error of its own
         here = ['cpu', *(f'cuda:{i}' for i in range(torch.cuda.device_count())),
                 *(['mps'] if torch.backends.mps.is_available() else [])]

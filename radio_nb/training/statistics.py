@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,10 +38,6 @@ from .recipe import Recipe, teacher_weights
 from .stages import StagePlan, BatchPartition
 from .distributed import shard_of
 from .teacher_cache import CachedTeacher, teacher_features, fill_cache
-
-if TYPE_CHECKING:
-    from radio_nb.cifd.cifd import CIFDLoss
-    from radio_nb.cifd.rate_distortion import RateDistortion
 
 # %% ../../nbs/training/05_statistics.ipynb #4516e5fd
 class Statistics(NamedTuple):
@@ -247,13 +243,13 @@ def fit_teacher(
     name:str,
     x:Tensor,       # normalized vectors, (n, D)
     recipe:Recipe,
-)->'tuple[RateDistortion, dict]': # see `fit_rd_modules`
+)->tuple:            # `RateDistortion` modules and their curve, see `fit_rd_modules`
     "Train a teacher's modules, and measure what they achieve on vectors that they have not seen."
     from radio_nb.cifd.cifd import fit_rd_modules
     progress = Progress(recipe.information_steps, what=f'modules of {name}')
     return fit_rd_modules(x, recipe.information, recipe.information_steps, recipe.seed, progress)
 
-def load_cifd_loss(recipe:Recipe, names:list[str], out:Path)->'CIFDLoss|None':
+def load_cifd_loss(recipe:Recipe, names:list[str], out:Path): # a `CIFDLoss`, or None
     "What the modules of a run and the bottleneck add to the loss; None without `information`."
     if not recipe.information: return None
     from radio_nb.cifd.cifd import CIFDLoss, load_rd_modules

@@ -168,8 +168,9 @@ def retarget(
 ):
     "Change a layer's output from one normalization to another, with the teacher's own features unchanged."
     own = old.fold_into(linear)
-    linear.weight.copy_(multiply(new.weight, own.weight.T).T)
-    linear.bias.copy_(multiply(new.weight, own.bias - new.mean))
+    weight, mean = new.weight.to(own.weight.device), new.mean.to(own.weight.device)
+    linear.weight.copy_(multiply(weight, own.weight.T).T)
+    linear.bias.copy_(multiply(weight, own.bias - mean))
 
 # %% ../../nbs/training/07_trainer.ipynb #40ad5082
 class TrainState:
@@ -228,7 +229,7 @@ class TrainState:
 
 # %% ../../nbs/training/07_trainer.ipynb #bbd0231a
 def microbatch_loss(
-    trainer:'Trainer',
+    trainer,                  # a `Trainer`, see below
     micro:Microbatch,
     active:dict[str, float],  # by teacher, 1 or 0 where it is left out
 )->tuple[Tensor, list]:       # the loss, and what it adds to the log, see `log_terms`
@@ -245,7 +246,7 @@ def microbatch_loss(
     return loss, log_terms(part, loss, losses, trainer.distill_step.bits(), trainer.recipe.accumulate)
 
 @torch.no_grad()
-def first_averages(trainer:'Trainer', micros:list[Microbatch]): # micros: all of a step that is to come
+def first_averages(trainer, micros:list[Microbatch]): # micros: all of a step that is to come
     "Where AdaLoss has no average of a teacher yet, let it divide by the losses that this step is about to have."
     if not trainer.loss.needs_begin({name for micro in micros for name in micro.source.part.weights}): return
     trainer.state.model.eval()   # so that nothing else changes
@@ -273,13 +274,15 @@ class Trainer:
             if plan.lr_cycle[0] == plan.first: self.state.new_optimizer()
             self.state.retarget(before, {name: normalizers[name] for name in plan.measured})
         self.plan, self.sources = plan, sources
+        self.names = {name for part in plan.parts for name in part.weights}   # who takes part
         self.normalizers = {name: normalizer.to(self.device) for name, normalizer in normalizers.items()}
 
     def __call__(self, *batches:Batch)->dict: # one from each source, this process's images
         "Learn from one batch; gives its line for the log. Raises `BadInput` naming a teacher whose loss is not finite."
         recipe, accelerator, terms = self.recipe, self.accelerator, []
         seed = recipe.seed*1_000_003 + self.step
-        active = teacher_dropout(self.last_losses, list(self.normalizers), recipe.teacher_dropout, seed)
+        losses = {name: loss for name, loss in self.last_losses.items() if name in self.names}
+        active = teacher_dropout(losses, list(self.normalizers), recipe.teacher_dropout, seed)
         self.student.heads_only = self.step < recipe.heads_only
         micros = microbatches(self.sources, batches, recipe.accumulate, seed, accelerator)
         first_averages(self, micros)
