@@ -8,7 +8,7 @@ here = Path(__file__).parent
 settings = ConfigParser(delimiters=['='])
 settings.read(here/'settings.ini', encoding='utf-8')
 cfg = settings['DEFAULT']
-extras = {name: cfg[f'{name}_requirements'].split() for name in ('zoo', 'notebooks', 'dev')}
+extras = {name: cfg[f'{name}_requirements'].split() for name in ('zoo', 'transformers', 'export', 'notebooks', 'dev')}
 oldest, newest = (int(cfg[f'{end}_python'].split('.')[1]) for end in ('min', 'max'))
 pythons = [f'3.{minor}' for minor in range(oldest, newest + 1)]
 

@@ -32,6 +32,7 @@ def lighten(output, limit=60_000):
     """Store a picture with more than `limit` characters of PNG as JPEG, which costs photographs a fifth of it, and a
     figure made of pixels as a picture only: it gains nothing by plotly, and nbdev takes its `source` for a cell's."""
     data = output.get('data', {})
+    data.pop('application/vnd.jupyter.widget-view+json', None)   # a widget lives as long as its kernel
     if any(trace.get('type') == 'image' for trace in data.get(PLOTLY, {}).get('data', [])): data.pop(PLOTLY)
     if len(data.get('image/png', '')) <= limit: return output
     jpeg = io.BytesIO()

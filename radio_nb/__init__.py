@@ -1,6 +1,6 @@
 """Distil several vision foundation models into one student.
 
-`radio_nb.distill`, `Run`, `Recipe`, `Student` and `load_teacher` are loaded when they are first used, so that
+`radio_nb.distill`, `create`, `Run`, `Recipe`, `Student` and `load_teacher` are loaded when they are first used, so that
 `import radio_nb` costs nothing. All else is imported from the part it lives in, as in
 `from radio_nb.targets.phi_s import fit_normalizer`.
 """
@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from radio_nb.front.run import Run as Run
     from radio_nb.front.run import distill as distill
     from radio_nb.models.student import Student as Student
+    from radio_nb.models.student import create as create
     from radio_nb.models.teachers import load_teacher as load_teacher
     from radio_nb.training.recipe import Recipe as Recipe
 
-_homes = {'distill': 'front.run', 'Run': 'front.run', 'Recipe': 'training.recipe', 'Student': 'models.student',
-          'load_teacher': 'models.teachers'}
+_homes = {'distill': 'front.run', 'create': 'models.student', 'Run': 'front.run', 'Recipe': 'training.recipe',
+          'Student': 'models.student', 'load_teacher': 'models.teachers'}
 __all__ = list(_homes)
 
 

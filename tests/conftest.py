@@ -17,6 +17,7 @@ SMALL = ['--teachers', 'zoo:u2netp#64', '--size', '64', '--steps', '6', '--stati
 def pytest_addoption(parser):
     parser.addoption('--fuzz', type=int, default=0, help='about how many invocations tests/fuzz makes')
     parser.addoption('--fuzz-seed', type=int, default=0, help='of what it draws')
+    parser.addoption('--sweep', action='store_true', help='make every family of timm and open_clip a teacher')
 
 
 def radio_nb(*args, **kwargs):

@@ -123,7 +123,7 @@ def test_recipe_files(refused, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('flag, value', [
-    ('size', 0), ('size', -64), ('lr', 0), ('lr', 'nan'), ('lr', 'inf'), ('warmup', 1), ('warmup', -.1),
+    ('size', 0), ('size', -64), ('lr', 0), ('lr', 'nan'), ('lr', 'inf'), ('lr', 1e112), ('warmup', 1), ('warmup', -.1),
     ('clip', 0), ('clip', -1), ('weight-decay', -1), ('spatial-weights', -1), ('hold-out', -1), ('keep', 0),
     ('keep', -1), ('ema', 1), ('ema', -.5), ('depth', -1), ('head-blocks', -1), ('heads-only', -1),
     ('teacher-dropout', 1.1), ('steps', 0),

@@ -1,5 +1,6 @@
 "The report: what it says of runs that went well and of others, what it survives, and what it never lets through."
 import json
+import re
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -237,3 +238,17 @@ def test_tables_show_a_dash_for_what_is_not_known():
     match = {'new images': {'student': {'clip': {'summary_cosine': .5}}, 'constant': {'clip': {'summary_cosine': nan}}}}
     row, = match_rows(match)
     assert row[:2] == ['clip', 'new images'] and torch.tensor(row[2:5]).isnan().all() and row[5] == .5
+
+
+def test_a_picture_to_click_on_stands_in_the_report_and_needs_no_network(run):
+    "Its data are in the page, and a still picture for whoever runs no scripts; sliders and lists work by keyboard."
+    page = (run[0]/'report.html').read_text()
+    part = page.partition('<section class=similarity>')[2].partition('</section>')[0]
+    data = json.loads(part.partition('application/json">')[2].partition('</script>')[0])
+    assert data['teachers'] == ['u2netp'] and len(data['images']) == 4
+    assert {len(image['grids'][0]) for image in data['images']} == {2}
+    assert '<div class=still><figure><img alt="How like' in part and part.count('<input type=range') == 2
+    assert part.count('<canvas') == part.count('aria-label="') == 3
+    assert '://' not in re.sub(r'data:image[^"]*', '', part) and len(part) < 300_000
+    bare = re.sub(r'<script>/\*\*.*?</script>', '', page, flags=re.DOTALL)   # plotly itself
+    assert len(bare) < 1_000_000

@@ -1,9 +1,10 @@
 "Teacher specs: what can be said about them before anything is loaded."
+import radio_nb  # noqa: F401, I001  before timm, so that torchvision can be imported
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from radio_nb.models.specs import Spec, architectures, check_spec, is_random, parse_spec
+from radio_nb.models.specs import TEACHERS, Spec, architectures, check_spec, is_random, parse_spec
 from radio_nb.targets.bad_input import BadInput, nearest, reason, unknown
 
 
@@ -60,3 +61,51 @@ def test_weight_files_that_are_none(tmp_path):
                 'gone.pth': 'no such weight file'}
     for path, message in messages.items():
         with pytest.raises(BadInput, match=message): check_spec(f'timm:resnet18@{tmp_path/path}')
+
+
+@pytest.mark.parametrize('text, spec', [
+    ('timm:a/blocks.8,-1@b/c.pth#64', Spec('timm', 'a', 'b/c.pth', 64, ('blocks.8', -1))),
+    ('zoo:a/-2', Spec('zoo', 'a', layers=(-2,))),
+    ('open_clip:A/tag', Spec('open_clip', 'A/tag')),
+    ('open_clip:A/tag/-1,3', Spec('open_clip', 'A/tag', layers=(-1, 3))),
+    ('hf:org/dino-2.5', Spec('hf', 'org/dino-2.5')),
+    ('hf:org/dino/-2@folder/x', Spec('hf', 'org/dino', 'folder/x', layers=(-2,)))])
+def test_layers_stand_behind_the_name(text, spec):
+    assert parse_spec(text) == spec
+    assert spec.output() == text.partition('@')[0]
+
+
+@pytest.mark.parametrize('text, message', [
+    ('timm:resnet18/', 'timm:resnet18/ names no layer behind /: give numbers or names, as in timm:resnet18/-2'),
+    ('timm:/-2', 'names no layer behind /'), ('zoo:u2netp/1,', 'names no layer'),
+    ('timm:a/1,1', 'names a layer twice')])
+def test_layers_that_are_none(text, message):
+    with pytest.raises(BadInput, match=message): parse_spec(text)
+
+
+def test_a_folder_for_transformers(tmp_path, monkeypatch):
+    pytest.importorskip('transformers')
+    with pytest.raises(BadInput, match='is not a folder with a config.json'): check_spec(f'hf:dinov2@{tmp_path}')
+    (tmp_path/'config.json').touch()
+    assert check_spec(f'hf:dinov2@{tmp_path}').weights == str(tmp_path)
+    monkeypatch.setattr('radio_nb.models.specs.find_spec', lambda name: None)
+    with pytest.raises(BadInput, match='hf:dinov2@random needs transformers'): check_spec('hf:dinov2@random')
+
+
+def test_what_the_list_of_teachers_says_is_what_their_libraries_say():
+    "Licence, summary and patch; a licence that forbids commercial use says so."
+    import open_clip
+    import timm
+    import torch
+
+    from radio_nb.models.feature_extraction import summary_kind
+    for spec, info in TEACHERS.items():
+        source, name = spec.split(':')
+        if source == 'timm':
+            cfg = timm.get_pretrained_cfg(name)
+            assert info.licence.lower().startswith(cfg.license) and ('nc' in cfg.license) == ('not for' in info.licence)
+            with torch.device('meta'): model = timm.create_model(name, num_classes=0)
+            assert (info.summary, info.patch) == (summary_kind(model), model.feature_info[-1]['reduction']), spec
+        if source == 'open_clip':
+            arch, tag = name.split('/')
+            assert tag in open_clip.list_pretrained_tags_by_model(arch)

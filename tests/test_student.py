@@ -9,6 +9,7 @@ import torch
 from conftest import SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from timm.models.vision_transformer import Block
 from timm.optim import create_optimizer_v2
 from torch import nn
@@ -387,3 +388,118 @@ def test_a_full_disk_is_refused_in_one_line_when_a_student_is_saved(tmp_path):
     (tmp_path/'file').touch()
     with pytest.raises(BadInput, match='the student could not be written to .*file'):
         small().save_pretrained(tmp_path/'file')
+
+
+def test_only_the_heads_that_are_wanted_are_computed_and_give_the_same():
+    student, images, used = small().eval(), torch.rand(2, 3, 64, 96), []
+    for i, head in enumerate([*student.summary_heads, *student.spatial_heads]):
+        head.register_forward_hook(lambda *_, i=i: used.append(i))
+    with torch.inference_mode():
+        everything = student(images)
+        used.clear()
+        assert list(student(images, adaptors=['sam'])) == ['sam'] and used == [2]
+        for name in TEACHERS:   # one name is a list of one
+            assert_close(tuple(student(images, name)[name]), tuple(everything[name]), rtol=0, atol=0)
+        assert list(student(images, ['sam', 'clip'])) == ['clip', 'sam'] and student(images, []) == {}
+    with pytest.raises(BadInput, match="unknown adaptor 'clap': did you mean clip"): student(images, ['clap'])
+
+
+def test_grids_come_as_tokens_and_as_maps():
+    student, images = small().eval(), torch.rand(2, 3, 64, 96)
+    with torch.inference_mode():
+        plain, tokens, maps = (student(images, layout=layout)['sam'].spatial for layout in ('NHWC', 'NLC', 'NCHW'))
+    assert plain.shape == (2, 4, 6, 16) and tokens.shape == (2, 24, 16) and maps.shape == (2, 16, 4, 6)
+    assert torch.equal(tokens[1, 1*6 + 5], plain[1, 1, 5]) and torch.equal(maps[1, :, 1, 5], plain[1, 1, 5])
+    with pytest.raises(BadInput, match="unknown layout 'NHW': did you mean NHWC"): student(images, layout='NHW')
+
+
+@pytest.mark.parametrize('name, patch', [('vit_tiny_patch16_224', 16), ('resnet10t', 32)])
+@pytest.mark.parametrize('height, width', [(1, 1), (47, 49), (640, 33), (100, 5000)])
+def test_the_nearest_size_is_one_that_the_student_can_see(name, patch, height, width):
+    for side, near in zip((height, width), small(name).nearest_size(height, width)):
+        assert near % patch == 0 and near >= patch and (abs(near - side) <= patch/2 or near == patch)
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'L', 'RGBA', 'P', 'CMYK', '1', 'LA'])
+def test_a_picture_of_any_mode_is_preprocessed(mode):
+    student = small().eval()
+    pixels = student.preprocess(Image.new('RGB', (50, 33), 'white').convert(mode))
+    assert pixels.shape == (3, 32, 48) and pixels.dtype == torch.float32 and pixels.min() == pixels.max() == 1
+    assert student.preprocess(Image.new(mode, (9, 9)), (64, 90)).shape == (3, 64, 96)
+    with torch.inference_mode(): assert student(pixels[None])['sam'].spatial.isfinite().all()
+
+
+def test_a_picture_that_lies_on_its_side_is_turned():
+    image = Image.new('RGB', (64, 32))
+    image.getexif()[0x0112] = 6
+    assert small().preprocess(image).shape == (3, 64, 32)
+
+
+class Hub:
+    "A folder that does what is needed of the hub."
+    def __init__(self, folder): self.folder, self.asked = folder, []
+    def __call__(self): return self
+    def create_repo(self, repo, private, exist_ok):
+        self.asked.append((repo, private))
+        (self.folder/repo).mkdir(parents=True, exist_ok=exist_ok)
+    def upload_folder(self, repo_id, folder_path):
+        import shutil
+        shutil.copytree(folder_path, self.folder/repo_id, dirs_exist_ok=True)
+        return f'https://hub/{repo_id}'
+    def download(self, repo, name):
+        if not (self.folder/repo/name).exists(): raise OSError(f'404: {name}')
+        return str(self.folder/repo/name)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    hub = Hub(tmp_path/'hub')
+    monkeypatch.setattr('huggingface_hub.HfApi', hub)
+    monkeypatch.setattr('huggingface_hub.hf_hub_download', hub.download)
+    return hub
+
+
+def test_a_student_comes_back_from_the_hub(hub):
+    student, images = small().eval(), torch.rand(1, 3, 64, 64)
+    assert student.push_to_hub('me/mine', card='# Mine', private=True) == 'https://hub/me/mine'
+    assert hub.asked == [('me/mine', True)] and (hub.folder/'me/mine/README.md').read_text() == '# Mine'
+    there = {path.name for path in (hub.folder/'me/mine').iterdir()}
+    assert there == {'README.md', 'config.json', 'student.safetensors'}
+    with torch.inference_mode():
+        assert torch.equal(radio_nb.create('me/mine')(images)['sam'].spatial, student(images)['sam'].spatial)
+
+
+def test_a_folder_comes_before_the_hub_and_what_is_neither_is_named(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small().save_pretrained('runs/mine')
+    assert radio_nb.create('runs/mine').config['teachers'].keys() == TEACHERS.keys() and not hub.asked
+    with pytest.raises(BadInput, match='runs/other holds no student'): radio_nb.create('runs/other')
+    with pytest.raises(BadInput, match='me/none is not a folder here, and the hub gave no student .*404') as refused:
+        radio_nb.create('me/none')
+    assert '\n' not in str(refused.value)
+
+
+def test_an_upload_that_fails_says_so_in_one_line(hub, monkeypatch):
+    def refuse(*args, **kwargs): raise OSError('401 Unauthorized\nlong story')
+    monkeypatch.setattr(hub, 'create_repo', refuse)
+    with pytest.raises(BadInput, match='could not be uploaded to me/mine .401 Unauthorized.: log in') as refused:
+        small().push_to_hub('me/mine')
+    assert '\n' not in str(refused.value)
+
+
+def test_create_imports_no_trainer(tmp_path):
+    small().save_pretrained(tmp_path)
+    script = ('import sys, radio_nb; print(radio_nb.create(sys.argv[1]).config["teachers"]); '
+              'print({"accelerate", "datasets", "open_clip", "plotly"} & sys.modules.keys(), '
+              '[name for name in sys.modules if name.startswith(("radio_nb.training", "radio_nb.front"))])')
+    done = subprocess.run([sys.executable, '-c', script, tmp_path], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[1] == 'set() []'
+
+
+def test_it_compiles_in_place():
+    torch._dynamo.reset()
+    student, images = small().eval(), torch.rand(1, 3, 64, 96)
+    with torch.inference_mode():
+        plain = student(images, ['sam'], 'NCHW')['sam'].spatial
+        student.compile(backend='aot_eager', fullgraph=True)
+        assert_close(student(images, ['sam'], 'NCHW')['sam'].spatial, plain)

@@ -8,8 +8,9 @@ import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.testing import assert_close
 
-from radio_nb.models.teachers import Teacher, load_teacher
+from radio_nb.models.teachers import Teacher, load_teacher, own_seed
 from radio_nb.targets.bad_input import BadInput
 
 PIXELS = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
@@ -110,3 +111,130 @@ def test_a_hub_without_a_model_is_not_called_unreachable(monkeypatch):
     monkeypatch.setattr(timm, 'create_model', refuse)
     with pytest.raises(BadInput, match=r'fetched \(404 Client Error: no such repository\)'):
         load_teacher('timm:vit_base_patch14_dinov2.lvd142m')
+
+
+def test_both_towers_of_open_clip_give_what_open_clip_gives():
+    "Embeddings of images and of texts, within 1e-5."
+    import open_clip
+
+    from radio_nb.evaluation.zero_shot import TextTower
+    spec = 'open_clip:ViT-S-32-alt@random'
+    teacher, texts = load_teacher(spec), TextTower(spec)
+    with own_seed('0 open_clip:ViT-S-32-alt'): whole = open_clip.create_model('ViT-S-32-alt').eval()
+    images, tokens = torch.rand(2, 3, 224, 224), open_clip.get_tokenizer('ViT-S-32-alt')(['a cat', 'two dogs'])
+    with torch.inference_mode():
+        own = whole.encode_image((images - teacher.mean)/teacher.std), whole.encode_text(tokens)
+    assert_close(teacher(images).summary, own[0], rtol=0, atol=1e-5)
+    assert_close(texts(tokens), own[1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('spec, layers', [('timm:test_vit@random#64', '/-2'), ('timm:test_resnet@random', '/layer2,-1'),
+                                          ('open_clip:ViT-S-32-alt@random', '/-1,0')])
+def test_inner_layers_change_the_grid_and_the_key_of_a_cache_alone(spec, layers):
+    name, rest = spec.split('@')
+    whole, inner = load_teacher(spec), load_teacher(f'{name}{layers}@{rest}')
+    f, g = whole(PIXELS), inner(PIXELS)
+    assert torch.equal(f.summary, g.summary) and inner.source == name + layers and whole.source == name
+    assert not torch.equal(f.spatial[..., :8], g.spatial[..., :8]) or f.spatial.shape != g.spatial.shape
+    with pytest.raises(BadInput, match='has no layer 99'): load_teacher(f'{name}/99@{rest}').widths()
+
+
+def test_inner_layers_are_those_of_timm_in_the_order_of_the_spec():
+    teacher = load_teacher('timm:vit_tiny_patch16_224/blocks.8,2@random')
+    normalized = (torch.rand(1, 3, 224, 224) - teacher.mean)/teacher.std
+    with torch.inference_mode():
+        two, eight = teacher.model.forward_intermediates(normalized, indices=[2, 8], norm=True, intermediates_only=True)
+        assert torch.equal(teacher.features(normalized).spatial, torch.cat([eight, two], 1).movedim(1, -1))
+
+
+def test_networks_without_inner_layers_say_so():
+    for spec in ('zoo:u2netp/-2', 'zoo:cifar-resnet20/-2@random'):
+        with pytest.raises(BadInput, match='does not give its inner layers'): load_teacher(spec)
+
+
+def test_wide_images_have_wide_grids():
+    "A count of 32 positions says neither 4 × 8 nor 8 × 4."
+    teacher = load_teacher('timm:vit_tiny_patch16_224@random')
+    images = torch.rand(1, 3, 64, 128)
+    grid = teacher(images, (64, 128)).spatial
+    assert grid.shape[1:3] == (4, 8)
+    assert teacher(images, (128, 64)).spatial.shape[1:3] == (8, 4)
+    assert teacher(images).spatial.shape[1:3] == (14, 14)
+
+
+def transformers_models():
+    "A small model of each family: its configuration and the name of its image processor."
+    small = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=64, patch_size=16)
+    sam = dict(output_channels=24, window_size=2, global_attn_indexes=[1], mlp_dim=64)
+    return {'CLIPVisionConfig': small, 'SiglipVisionConfig': small, 'Dinov2Config': small,
+            'DINOv3ViTConfig': dict(small, num_register_tokens=4), 'SamVisionConfig': small | sam, 'ViTConfig': small}
+
+
+@pytest.fixture
+def hf_folder(tmp_path):
+    "From a configuration to a model of transformers and the folder in which it is."
+    transformers = pytest.importorskip('transformers')
+    def write(config, **options):
+        torch.manual_seed(0)
+        model = transformers.AutoModel.from_config(getattr(transformers, config)(**options)).eval()
+        model.save_pretrained(tmp_path)
+        transformers.ViTImageProcessor(image_mean=[.4, .5, .6], image_std=[.2, .3, .4]).save_pretrained(tmp_path)
+        return model, tmp_path
+    return write
+
+
+@pytest.mark.parametrize('config', transformers_models())
+def test_teachers_of_transformers_give_what_their_models_give(config, hf_folder):
+    model, folder = hf_folder(config, **transformers_models()[config])
+    teacher, inner = (load_teacher(f'hf:mine{layer}@{folder}') for layer in ('', '/0'))
+    images = torch.rand(2, 3, 64, 64)
+    mean, std = torch.tensor([.4, .5, .6])[:, None, None], torch.tensor([.2, .3, .4])[:, None, None]
+    with torch.inference_mode(): own = model((images - mean)/std, output_hidden_states=True)
+    last, state = own.last_hidden_state, own.hidden_states[1]
+    if config == 'SamVisionConfig': pooled, last, state = last.mean((2, 3)), last.movedim(1, -1), state
+    else: pooled, last, state = own.pooler_output, *(s[:, -16:].unflatten(1, (4, 4)) for s in (last, state))
+    summary, spatial = teacher(images)
+    assert_close((summary, spatial), (pooled, last), rtol=1e-5, atol=1e-5)
+    assert_close(inner(images).spatial, state, rtol=1e-5, atol=1e-5)
+    assert inner.source == 'hf:mine/0' and teacher.widths() == (summary.shape[1], last.shape[-1])
+
+
+def test_a_clip_of_transformers_gives_its_embedding(hf_folder):
+    part = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    model, folder = hf_folder('CLIPConfig', projection_dim=24, vision_config=dict(part, image_size=64, patch_size=16),
+                              text_config=dict(part, vocab_size=99, bos_token_id=0, eos_token_id=1))
+    teacher, images = load_teacher(f'hf:clip@{folder}'), torch.rand(1, 3, 64, 128)
+    with torch.inference_mode():
+        own = model.get_image_features((images - teacher.mean)/teacher.std, interpolate_pos_encoding=True)
+    assert_close(teacher(images, (64, 128)).summary, own.pooler_output)
+    assert teacher(images, (64, 128)).spatial.shape == (1, 4, 8, 32) and teacher.summary_kind == 'CLIP embedding'
+
+
+def test_a_pooling_layer_that_was_never_trained_is_not_used(hf_folder):
+    model, folder = hf_folder('ViTConfig', **transformers_models()['ViTConfig'])
+    state = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith('pooler')}
+    save_file(state, folder/'model.safetensors', {'format': 'pt'})
+    teacher, images = load_teacher(f'hf:vit@{folder}'), torch.rand(1, 3, 64, 64)
+    with torch.inference_mode(): own = model((images - teacher.mean)/teacher.std).last_hidden_state
+    assert_close(teacher(images).summary, own[:, 0])
+    assert teacher.summary_kind == 'class token'
+    save_file(dict(list(state.items())[3:]), folder/'model.safetensors', {'format': 'pt'})
+    with pytest.raises(BadInput, match='lacks 3 weights of ViTModel'): load_teacher(f'hf:vit@{folder}')
+
+
+@pytest.mark.parametrize('spec, message', [
+    ('hf:bert@random', 'sees no images'), ('hf:samm@random', 'Without a network give a local file: hf:samm@PATH'),
+    ('hf:org/none', 'weights could not be fetched'), ('hf:a@/nowhere', 'is not a folder with a config.json')])
+def test_models_of_transformers_that_cannot_be_had(spec, message):
+    pytest.importorskip('transformers')
+    with pytest.raises(BadInput, match=message) as refused: load_teacher(spec)
+    assert '\n' not in str(refused.value)
+
+
+def test_a_folder_of_transformers_that_is_damaged(hf_folder):
+    _, folder = hf_folder('ViTConfig', **transformers_models()['ViTConfig'])
+    (folder/'preprocessor_config.json').unlink()
+    with pytest.raises(BadInput, match='does not say how its images are normalized'): load_teacher(f'hf:vit@{folder}')
+    (folder/'model.safetensors').write_bytes(b'no weights')
+    with pytest.raises(BadInput, match='cannot be loaded') as refused: load_teacher(f'hf:vit@{folder}')
+    assert '\n' not in str(refused.value)

@@ -79,6 +79,7 @@ def _wait_for_lock(path, what, wait):
         os.write(file.fileno(), who.encode())
     return file
 
+# %% ../../nbs/data/03_files.ipynb #0bffabd7
 @contextmanager
 def lock(
     path:Path,                    # of a file that exists as long as somebody has the lock; its folder must exist

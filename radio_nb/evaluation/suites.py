@@ -218,9 +218,14 @@ def class_names(source:str)->list[str]:
                        'use a folder for each class')
     return [name.replace('_', ' ') for name in names]
 
-def text_directions(specs:Iterable[str], source:str, folder:Path)->dict[str, Tensor]:
+def text_directions(
+    specs:Iterable[str],
+    source:str,           # of labelled images
+    folder:Path,
+    seed:int=0,           # of random weights, see `load_teacher`
+)->dict[str, Tensor]:
     "For every text tower the directions of a source's classes, kept in a folder."
-    return {spec: cached_embeddings(spec, class_names(source), folder=folder) for spec in specs}
+    return {spec: cached_embeddings(spec, class_names(source), folder=folder, seed=seed) for spec in specs}
 
 def zero_shot_suite(
     model:EvalModel,

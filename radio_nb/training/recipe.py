@@ -52,7 +52,7 @@ def fits(value:Any, kind:Any)->bool: # kind: a type as a field of `Recipe` has i
     if origin is tuple:
         kinds = [args[0]]*len(value) if args[-1] is ... and isinstance(value, tuple) else args
         return isinstance(value, tuple) and len(value) == len(kinds) and all(map(fits, value, kinds))
-    if kind is float: return type(value) in (int, float) and abs(value) < 1e300
+    if kind is float: return type(value) in (int, float) and abs(value) < 1e38   # as float32 has it
     if kind is int: return type(value) is int and abs(value) < 2**31
     if kind is str: return type(value) is str and '\0' not in value and not any('\ud800' <= c < '\ue000' for c in value)
     return isinstance(value, kind)

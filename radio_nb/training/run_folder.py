@@ -134,7 +134,8 @@ def check_inputs(out:Path, inputs:dict[str, str]): # by what it is, a fingerprin
     before = read_json(path) if path.exists() and begun(out) else {}
     for what, fingerprint in inputs.items():
         if before.get(what, fingerprint) != fingerprint:
-            raise BadInput(f'{what} changed since this run began: put back what was there, or choose another --out')
+            raise BadInput(f'{what} changed since the run in {out} began: put back what was there, '
+                           'or choose another --out')
 
 def read_json(path:Path)->dict:
     "What a JSON file of a run holds. Raises `BadInput` where it is not whole."

@@ -10,7 +10,7 @@ import signal
 from pathlib import Path
 
 import torch
-from children import other_teacher, small_images
+from children import small_images
 
 from radio_nb.front import cli
 from radio_nb.front.run import Run
@@ -24,9 +24,8 @@ class World:
         self.home, self.made = Path(home), 0
         torch.set_num_threads(1)
         images = small_images(self.home/'images', 6, 40)
-        teacher = other_teacher(self.home/'small.safetensors').replace('#64', '#32')
-        self.values = {'images': images, 'teachers': (teacher,), 'student': 'test_vit', 'size': 32, 'depth': 1,
-                       'head_width': 8, 'steps': 3, 'batch_size': 2, 'statistics_steps': 2, 'device': 'cpu',
+        self.values = {'images': images, 'teachers': ('timm:test_vit@random#32',), 'student': 'test_vit', 'size': 32,
+                       'depth': 1, 'head_width': 8, 'steps': 3, 'batch_size': 2, 'statistics_steps': 2, 'device': 'cpu',
                        'checkpoint_every': 1, 'keep': 9, 'hold_out': 1, 'watch_every': 0}
 
     def fresh(self):
