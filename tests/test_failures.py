@@ -56,7 +56,7 @@ def test_a_run_whose_images_all_go_ends_in_one_line_and_goes_on_when_they_are_ba
     run_recipe(whole)
     out = Path(recipe.out)
     flags = [word for word in cli.as_flags(vars(recipe)) if word]
-    for key in ('stem', 'compile', 'teacher_device', 'cache'): flags.remove(f'--{key.replace("_", "-")}')
+    for key in ('stem', 'init', 'compile', 'teacher_device', 'cache'): flags.remove(f'--{key.replace("_", "-")}')
     child = Children(1, tmp_path/'log', command, 'distill', *flags)
     wait_for_lines(child, out, 1)
     (tmp_path/'images').rename(tmp_path/'gone')
