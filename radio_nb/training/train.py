@@ -351,5 +351,7 @@ def run_recipe(
             train_stage(run, stage)
         if run.main: finish(run)
         accelerator.wait_for_everyone()   # before the group of processes ends, as Accelerate ends it with the training
+    run.trainer = None   # before the group of processes: DDP's end, with Python's lock held, could wait for ever
+    accelerator.free_memory()
     accelerator.end_training()
     return out
