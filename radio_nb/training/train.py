@@ -325,6 +325,7 @@ def finish(run:TrainingRun):
     run.student = Student.from_pretrained(out)
     run.callbacks.on_end(run)
 
+# %% ../../nbs/training/08_train.ipynb #cc45079e
 def run_recipe(
     recipe:Recipe,
     resume:bool=False,                # go on with an unfinished run in the same folder
