@@ -49,7 +49,7 @@ def test_the_report_needs_nothing_else(run):
     html = (run[0]/'report.html').read_text()
     page = re.sub('<script.*?</script>', '', html, flags=re.DOTALL)
     assert 'src="http' not in page and 'href="http' not in page and '<script src' not in html
-    assert page.count('data:image/png') == 1 and 'explained' in page
+    assert page.count('data:image/png') == 2 and 'explained' in page   # the maps, and how patches resemble each other
 
 
 def test_a_finished_run_shows_its_table_again(run):
