@@ -288,7 +288,7 @@ def interrupted(flags, seconds, sig):
     timer = threading.Timer(seconds, os.kill, (os.getpid(), sig))
     timer.start()
     try: return command(*flags)[::2]
-    except Killed:
+    except (Killed, SystemError):   # the second where it falls into Python's own compiler
         files._close_all()   # as the kernel does where a process really dies
         return None, ''
     finally:
