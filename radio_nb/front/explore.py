@@ -214,7 +214,8 @@ def unpacked(pack:dict)->Tensor: # (height, width, channels)
 _script_maps = '''
 const box = document.currentScript.parentElement, all = name => [...box.querySelectorAll(name)]
 const data = JSON.parse(box.querySelector('script').textContent), read = new Map()
-const [image, teacher] = all('select'), [row, column] = all('input'), canvases = all('canvas'), said = all('p').at(-1)
+const [image, teacher] = all('select'), [row, column] = all('input'), canvases = all('canvas')
+const caption = all('p').at(-1)
 const pair = () => data.images[image.value].grids[teacher.value]
 function vectors(grid) {
   if (!read.has(grid)) read.set(grid, Int8Array.from(atob(grid.vectors), c => c.charCodeAt(0)))
@@ -254,7 +255,7 @@ function draw() {
   const grids = [null, theirs, own]
   canvases.forEach((canvas, i) => paint(canvas, grids[i], y, x))
   const mean = grid => (similarity(grid, y, x).reduce((a, b) => a + b)/grid.height/grid.width).toFixed(2)
-  said.textContent = `${words}, row ${row.value} of ${own.height}, column ${column.value} of ${own.width}. ` +
+  caption.textContent = `${words}, row ${row.value} of ${own.height}, column ${column.value} of ${own.width}. ` +
     `Mean cosine with all places: ${mean(theirs)} for ${data.teachers[teacher.value]}, ${mean(own)} for the student.`
 }
 for (const each of data.images) { each.element = new Image(); each.element.src = each.picture }

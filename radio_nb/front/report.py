@@ -235,9 +235,8 @@ def words_blocks(recipe:Recipe, match:dict, lines:list[dict], n_train:int|None, 
     begins = [sum(stage.steps for stage in recipe.stages[:i]) for i in range(len(recipe.stages))] or [0]
     first = max(begin for begin in begins if begin < ended or not begin)   # before it the unit is another
     stage = [line for line in lines if line['step'] > first]
-    said = [match_in_words(match, number, ended), *loss_warnings(stage),
-            skipped_warning(skipped, n_train)]
-    return [f'<p>{escape(sentence)}</p>' for sentence in said if sentence]
+    sentences = [match_in_words(match, number, ended), *loss_warnings(stage), skipped_warning(skipped, n_train)]
+    return [f'<p>{escape(sentence)}</p>' for sentence in sentences if sentence]
 
 def curve_blocks(recipe:Recipe, out:Path, lines:list[dict])->list[str]:
     "Everything that has steps on its axis."

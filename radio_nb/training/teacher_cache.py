@@ -262,10 +262,10 @@ def _alone(entries, accelerator):
     "Within it no other run fills these entries; all processes wait, in turns of a second."
     with ExitStack() as locks:
         if accelerator.is_main_process:
-            said = set()
+            printed = set()
             def wait(line):
-                if line not in said: print(line, file=sys.stderr)
-                said.add(line)
+                if line not in printed: print(line, file=sys.stderr)
+                printed.add(line)
                 _tell(accelerator, 'wait')
             for entry in sorted(entries, key=lambda entry: entry.folder):
                 locks.enter_context(lock(entry.folder.with_suffix('.lock'), f'the cache {entry.folder}', wait))
