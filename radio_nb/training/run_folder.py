@@ -173,5 +173,5 @@ def where_it_stands(out:Path)->str:
     if finished(out): return f'{out} holds the finished student; the same command makes what is missing'
     saved = checkpoints(out/'checkpoints')
     if saved: return f'the last checkpoint is of step {int(saved[-1].stem)}; add --resume to go on'
-    if (out/'recipe.toml').exists(): return 'no step was saved; the same command begins again'
+    if (out/'inputs.json').exists(): return 'no step was saved; the same command begins again'
     return 'nothing was written'
