@@ -109,3 +109,17 @@ def test_what_the_list_of_teachers_says_is_what_their_libraries_say():
         if source == 'open_clip':
             arch, tag = name.split('/')
             assert tag in open_clip.list_pretrained_tags_by_model(arch)
+
+
+def test_a_network_that_a_program_registered_with_timm_is_known_once_timm_is_imported(monkeypatch):
+    import sys
+
+    import timm
+
+    @timm.models.register_model
+    def my_own_net(pretrained=False, **options): return timm.create_model('resnet10t', **options)
+
+    assert check_spec('timm:my_own_net@random') == Spec('timm', 'my_own_net', 'random')
+    with pytest.raises(BadInput, match="unknown timm model 'my_own_nett'"): check_spec('timm:my_own_nett@random')
+    monkeypatch.delitem(sys.modules, 'timm')
+    with pytest.raises(BadInput, match="unknown timm model 'my_own_net'"): check_spec('timm:my_own_net@random')

@@ -214,6 +214,36 @@ def test_the_command_line_trains_a_pyramid(tmp_path):
     with torch.inference_mode(): assert student(torch.rand(1, 3, 64, 96))['u2netp'].spatial.isfinite().all()
 
 
+@pytest.mark.parametrize('name, options, side', [
+    ('vit_tiny_patch16_224', {'stride': 4}, 8), ('vit_tiny_patch16_224', {'stride': 8, 'stem': 'resnet10t'}, 4),
+    ('convnext_atto', {'stride': 4}, 8), ('resnet10t', {'stride': 32}, 1), ('cifar_resnet8', {'stride': 2}, 16),
+    ('cifar_resnet8', {}, 8)])
+def test_a_student_of_small_images_has_the_stride_asked_for_and_comes_back(name, options, side, tmp_path):
+    student, images = small(name, **options).eval(), torch.rand(2, 3, 32, 32)
+    with torch.inference_mode(): grid = student(images)['sam'].spatial
+    assert grid.shape == (2, side, side, 16)
+    student.save_pretrained(tmp_path)
+    with torch.inference_mode(): assert_close(Student.from_pretrained(tmp_path)(images)['sam'].spatial, grid)
+
+
+def test_smaller_patches_are_resampled_from_the_larger():
+    from timm.layers import resample_patch_embed
+    network = find_network('vit_tiny_patch16_224')
+    weight = resample_patch_embed(network.model.patch_embed.proj.weight.detach(), (8, 8))
+    backbone = Transformer(network, 1, stride=8)
+    assert torch.equal(backbone.embed.weight, weight) and backbone.embed.stride == (8, 8)
+
+
+def test_the_last_stage_alone_is_the_grid_where_there_is_no_coarser_one():
+    backbone, images = new_backbone('cifar_resnet8', 2).eval(), torch.rand(2, 3, 32, 48)
+    with torch.inference_mode():
+        last = backbone.stages.model.forward_features((images - backbone.mean)/backbone.std).movedim(1, -1)
+        last = backbone.norm(nn.functional.layer_norm(last, (64,), eps=1e-6))
+        summary, spatial = backbone(images)
+    assert_close(spatial, last, rtol=1e-4, atol=1e-4)
+    assert summary.shape == (2, 2, 64)
+
+
 def test_a_pyramid_names_the_sides_it_needs():
     with pytest.raises(BadInput, match='patches of 32 cannot see 48 × 64 pixels: make both sides a multiple of 32'):
         small('resnet10t')(torch.rand(1, 3, 48, 64))

@@ -58,8 +58,9 @@ class Stages(nn.Module):
     ):
         super().__init__()
         if not strides(network.model) >= {*wanted}:
-            raise BadInput(f'{network.architecture} has no stage of stride {" and ".join(map(str, wanted))}; '
-                           'resnet18 has')
+            known = ', '.join(map(str, sorted(strides(network.model)))) or 'not known'
+            raise BadInput(f'{network.architecture} has no stage of stride {" and ".join(map(str, wanted))}: '
+                           f'its strides are {known}')
         last = {stage['reduction']: (i, stage['num_chs']) for i, stage in enumerate(network.model.feature_info)}
         self.indices, self.channels = zip(*(last[stride] for stride in wanted))
         network.model.prune_intermediate_layers(list(self.indices), prune_norm=True, prune_head=True)
@@ -75,12 +76,14 @@ class Backbone(nn.Module):
     "Images of any size, (B, 3, H, W) in [0, 1], to class tokens (B, n_class, dim) and a grid (B, h, w, dim)."
     def __init__(self,
         network:TimmNetwork,  # whose input is normalized as this backbone's
-        patch:int,            # what the sides of an image must be a multiple of, in pixels
+        stride:int,           # side of what a position of the grid stands for, in pixels
         dim:int,              # width of class tokens and grid
         n_class:int,          # how many class tokens
+        patch:int=0,          # what the sides of an image must be a multiple of, in pixels; 0 for the stride
     ):
         super().__init__()
-        self.patch, self.dim, self.n_class, self.architecture, self.stem = patch, dim, n_class, network.architecture, ''
+        self.stride, self.dim, self.n_class, self.patch = stride, dim, n_class, patch or stride
+        self.architecture, self.stem = network.architecture, ''
         self.register_buffer('mean', torch.tensor(network.mean).reshape(3, 1, 1))
         self.register_buffer('std', torch.tensor(network.std).reshape(3, 1, 1))
 
@@ -95,12 +98,13 @@ class Backbone(nn.Module):
 
 # %% ../../nbs/models/08_backbones.ipynb #1fbf5fa4
 class Stem(Stages):
-    "The first stages of a network in place of a patch embedding: (B, 3, H, W) to (B, dim, H/16, W/16)."
+    "The first stages of a network in place of a patch embedding: (B, 3, H, W) to (B, dim, H/stride, W/stride)."
     def __init__(self,
         network:TimmNetwork,
         dim:int,              # width of the tokens
+        stride:int=16,        # side of what a token stands for, in pixels
     ):
-        super().__init__(network, (16,))
+        super().__init__(network, (stride,))
         self.proj = nn.Conv2d(self.channels[0], dim, 1)
 
     def train(self, mode:bool=True):
@@ -138,11 +142,14 @@ class Transformer(Backbone):
         drop:float=.1,               # fraction of position vectors that are dropped in training
         depth:int=0,                 # keep only the first so many blocks; 0 for all
         windows:tuple[int, ...]=(),  # sides of windows to draw from in training, in patches; 0 for none
+        stride:int=0,                # side of a patch in pixels; 0 for the network's own, or 16 with a stem
     ):
         vit = network.model
-        super().__init__(stem or network, 16 if stem else vit.patch_embed.patch_size[0], vit.embed_dim, n_class)
+        if stride and not stem: vit.set_input_size(patch_size=stride)   # resamples the embedding of a patch
+        stride = stride or (16 if stem else vit.patch_embed.patch_size[0])
+        super().__init__(stem or network, stride, vit.embed_dim, n_class)
         self.architecture, self.stem = network.architecture, stem.architecture if stem else ''
-        self.embed = Stem(stem, self.dim) if stem else vit.patch_embed.proj
+        self.embed = Stem(stem, self.dim, stride) if stem else vit.patch_embed.proj
         self.prefix, self.positions = _prefix(vit, n_class), _positions(vit)
         self.drop, self.norm_pre, self.blocks, self.norm = drop, vit.norm_pre, vit.blocks, vit.norm
         if depth: self.blocks = self.blocks[:depth]
@@ -186,31 +193,33 @@ class Transformer(Backbone):
 
 # %% ../../nbs/models/08_backbones.ipynb #8150ea95
 class Pyramid(Backbone):
-    "A network of stages as a backbone (E-RADIO, arXiv 2312.06709, §5.1); a position of its grid is 16 × 16 pixels."
+    "A network of stages as a backbone (E-RADIO, arXiv 2312.06709, §5.1)."
     def __init__(self,
-        network:TimmNetwork,  # with stages of stride 16 and 32
+        network:TimmNetwork,  # with a stage of this stride; the one of twice the stride is used where there is one
         n_class:int,          # how many class tokens, all the same average
+        stride:int=16,        # side of what a position of the grid stands for, in pixels
     ):
-        stages = Stages(network, (16, 32))
-        n_fine, dim = stages.channels
-        super().__init__(network, 32, dim, n_class)
-        self.stages, self.norms = stages, nn.ModuleList([LayerNorm2d(n_fine), LayerNorm2d(dim)])
-        self.proj, self.up = nn.Conv2d(n_fine, dim, 1), nn.ConvTranspose2d(dim, dim, 2, stride=2)
+        wanted = (stride, 2*stride) if 2*stride in strides(network.model) else (stride,)
+        stages = Stages(network, wanted)
+        n_fine, dim = stages.channels[0], stages.channels[-1]
+        super().__init__(network, stride, dim, n_class, patch=wanted[-1])
+        self.stages, self.norms = stages, nn.ModuleList(map(LayerNorm2d, stages.channels))
+        if len(wanted) > 1: self.proj, self.up = nn.Conv2d(n_fine, dim, 1), nn.ConvTranspose2d(dim, dim, 2, stride=2)
         self.norm = nn.LayerNorm(dim)
         self._check_sizes()
 
     def forward(self, images)->Features:
         "The class tokens (B, n_class, dim) and the grid (B, h, w, dim). Raises `BadInput` for sides that do not fit."
-        fine, coarse = (norm(stage) for norm, stage in zip(self.norms, self.stages(self.normalize(images))))
-        grid = (self.proj(fine) + self.up(coarse)).movedim(1, -1)
-        average = coarse.mean((2, 3))[:, None].expand(-1, self.n_class, -1)
-        return Features(self.norm(average), self.norm(grid))
+        fine, *coarser = (norm(stage) for norm, stage in zip(self.norms, self.stages(self.normalize(images))))
+        grid, last = (self.proj(fine) + self.up(coarser[0]), coarser[0]) if coarser else (fine, fine)
+        average = last.mean((2, 3))[:, None].expand(-1, self.n_class, -1)
+        return Features(self.norm(average), self.norm(grid.movedim(1, -1)))
 
     def _check_sizes(self):
         "Pass a blank image through. Raises `BadInput` for a network that is built for one size of images."
         self.eval()
         try:
-            with torch.no_grad(): self(torch.zeros(1, 3, 64, 96))
+            with torch.no_grad(): self(torch.zeros(1, 3, 2*self.patch, 3*self.patch))
         except Exception as e:
             reason = (str(e).strip() or type(e).__name__).splitlines()[0][:100]
             raise BadInput(f'{self.architecture} does not see images of any size ({reason}); convnext_atto does') from e
@@ -229,14 +238,18 @@ def new_backbone(
     drop:float=.1,               # see `Transformer`; a pyramid has no positions to drop
     depth:int=0,                 # see `Transformer`
     windows:tuple[int, ...]=(),  # see `Transformer`
+    stride:int=0,                # see `Transformer`; 0 for 16 in a pyramid, or for the coarsest it has
 )->Backbone:
     "The backbone that a network makes. Raises `BadInput` for one of neither kind, and for options of the other kind."
     network = find_network(name)
     if isinstance(network.model, VisionTransformer) and isinstance(network.model.patch_embed, PatchEmbed):
-        return Transformer(network, n_class, find_network(stem) if stem else None, drop, depth, windows)
-    if not strides(network.model) >= {16, 32}:
+        return Transformer(network, n_class, find_network(stem) if stem else None, drop, depth, windows, stride)
+    known = sorted(strides(network.model))
+    stride = stride or min([16, *known[-1:]])
+    if stride not in known:
         raise BadInput(f'{name} cannot be a student: it is not a plain vision transformer, as vit_tiny_patch16_224 is, '
-                       'and has no stages of stride 16 and 32, as convnext_atto has')
+                       f'and has no stage of stride {stride} but of {", ".join(map(str, known)) or "none"}; '
+                       'convnext_atto has one')
     for option, given in {'stem': stem, 'depth': depth, 'windows': windows}.items():
         if given: raise BadInput(f'{option} is for vision transformers, and {name} is not one: leave it out')
-    return Pyramid(network, n_class)
+    return Pyramid(network, n_class, stride)

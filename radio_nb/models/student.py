@@ -181,16 +181,18 @@ class Student(Pictures, Pretrained):
         neck:nn.Module|None=None,               # between backbone and heads, Features to Features; None for nothing
         head_blocks:int=0,                      # see `Head`
         windows:tuple[int, ...]=(),             # see `new_backbone`
+        stride:int=0,                           # see `new_backbone`
     ):
         super().__init__()
         self.summaries = [name for name, (width, _) in teachers.items() if width]
-        self.backbone = new_backbone(backbone, len(self.summaries), stem, drop, depth, windows)
+        self.backbone = new_backbone(backbone, len(self.summaries), stem, drop, depth, windows, stride)
         dim, hidden = self.backbone.dim, head_width or max(max(widths) for widths in teachers.values())
         self.summary_heads = nn.ModuleList(Head(dim, hidden, teachers[name][0], head_blocks) for name in self.summaries)
         self.spatial_heads = nn.ModuleList(Head(dim, hidden, width, head_blocks) for _, width in teachers.values())
         self.neck = neck if neck is not None else nn.Identity()
         self.config = dict(backbone=self.backbone.architecture, teachers=teachers, stem=self.backbone.stem,
-                           head_width=hidden, drop=drop, depth=depth, head_blocks=head_blocks, windows=list(windows))
+                           head_width=hidden, drop=drop, depth=depth, head_blocks=head_blocks, windows=list(windows),
+                           stride=stride)
         self.heads_only = False  # set it, and only the heads (and the neck) learn
 
     def forward(self,

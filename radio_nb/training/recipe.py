@@ -111,6 +111,7 @@ class Recipe(Checked):
     student: str = 'vit_tiny_patch16_224'  # a timm network from scratch, or timm:NAME[@FILE] with weights
     stem: str = ''                      # spec of a convolutional network whose first stages replace the patch embedding
     depth: AtLeast0 = 0                 # keep only the first so many blocks of the student; 0 for all
+    stride: AtLeast0 = 0                # side of what a position of the student's grid stands for, in pixels; 0: 16
     init: str = ''                      # folder of a finished run whose student this one goes on from
     size: AtLeast1 = 224                # side of the student's images in pixels
     method: Literal[tuple(METHODS)] = 'phi-s'  # how targets are normalized and compared (the ten of the PHI-S study)

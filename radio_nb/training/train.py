@@ -98,7 +98,7 @@ def new_student(
     summary_weights, _ = teacher_weights(recipe, list(widths))
     widths = {name: (summary if summary_weights[name] else 0, spatial) for name, (summary, spatial) in widths.items()}
     student = Student(recipe.student, widths, recipe.stem, recipe.head_width, depth=recipe.depth,
-                      head_blocks=recipe.head_blocks, windows=recipe.windows)
+                      head_blocks=recipe.head_blocks, windows=recipe.windows, stride=recipe.stride)
     if recipe.information and recipe.bottleneck:
         from radio_nb.cifd.controlled_flow import TokenBottleneck
         student.neck = TokenBottleneck(student.backbone.dim)
