@@ -234,3 +234,15 @@ def test_teachers_are_listed(capsys):
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ['zoo:u2netp', '64', '320', 'px'] in [line[:4] for line in lines]
     assert all(line[-1] in ('yes', 'no') for line in lines if line and ':' in line[0] and line[0] != 'Any')
+
+
+@pytest.mark.parametrize('command', ['distill', 'evaluate', 'compare', 'features', 'zero-shot', 'export'])
+def test_every_flag_is_explained(command, capsys, monkeypatch):
+    "tyro shows the comments behind the fields of a dataclass, and none of those behind the parameters of a function."
+    monkeypatch.setenv('COLUMNS', '250')
+    with pytest.raises(SystemExit): cli.main([command, '--help'])
+    place, *flags = re.split(r'\n\W*(?=--[a-z])', capsys.readouterr().out.partition('positional arguments')[2])
+    assert flags
+    for flag in [place, *flags]:
+        words = re.sub(r'--\S+|\{.*?\}|\((default|required)[^)]*\)|.* options .*', '', flag)
+        assert re.search('[a-z]+ [a-z]+', words), flag

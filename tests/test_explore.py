@@ -57,6 +57,13 @@ def test_the_cloud_passes_through_every_normalizer():
     assert turning.figure.layout.annotations[0].text.startswith('from none to global: ')
 
 
+def test_features_that_carry_a_gradient_can_be_looked_at():
+    "A student's own do; the slider ended in numpy's complaint."
+    turning = NormalizerExplorer(torch.randn(50, 2).requires_grad_())
+    turning.slider.value = 1.5
+    assert len(turning.still().data) == len(turning.clouds)
+
+
 def test_half_way_lies_half_way():
     after = clouds(torch.randn(20, 2))
     torch.testing.assert_close(cloud_between(after, .5), (after['none'] + after['global'])/2)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from timm.layers import Conv2dSame
 from timm.layers.pool2d_same import MaxPool2dSame
 from torch import nn
@@ -15,8 +16,9 @@ from torch.testing import assert_close
 from radio_nb.evaluation.scores import Score, save_scores
 from radio_nb.front import export
 from radio_nb.front.cli import main
-from radio_nb.front.export import as_program, export_student, fixed_padding, named_outputs, replaced, timm_arguments
+from radio_nb.front.export import FORMATS, export_student, timm_arguments
 from radio_nb.front.model_card import MARK, is_non_commercial, licence_of, model_card, write_card
+from radio_nb.models.program import as_program, fixed_padding, named_outputs, replaced
 from radio_nb.models.student import Student
 from radio_nb.targets.bad_input import BadInput
 from radio_nb.training.recipe import Recipe, recipe_toml
@@ -126,7 +128,7 @@ def test_timm_gets_the_network_of_a_pyramid(name, tmp_path):
 
 def test_timm_is_refused_what_it_does_not_know(tmp_path):
     saved(tmp_path, depth=1, stem='resnet10t')
-    with pytest.raises(BadInput, match='timm has no vit_tiny_patch16_224 with a stem of resnet10t: export it with'):
+    with pytest.raises(BadInput, match='timm has no vit_tiny_patch16_224 with a stem of resnet10t: choose another'):
         export_student(tmp_path, 'timm')
     saved(tmp_path, depth=1)
     with pytest.raises(BadInput, match='--size 60x64: both sides must be a multiple of 16'):
@@ -134,14 +136,87 @@ def test_timm_is_refused_what_it_does_not_know(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ['config.json', 'student.safetensors']
 
 
-@pytest.mark.parametrize('format', ['onnx', 'torch-export', 'timm'])
+@pytest.mark.parametrize('format', FORMATS)
 def test_half_precision_halves_the_file(format, tmp_path):
-    if format == 'onnx': [pytest.importorskip(name) for name in ('onnx', 'onnxruntime', 'onnxscript')]
+    [pytest.importorskip(name) for name in FORMATS[format].needs]
     saved(tmp_path, depth=1)
-    whole, half = (export_student(tmp_path, format, half, tmp_path/f'{half}{export.FORMATS[format][7:]}')
+    whole, half = (export_student(tmp_path, format, half, tmp_path/f'{half}{FORMATS[format].file[7:]}')
                    for half in (False, True))
-    assert half.path.stat().st_size < .6*whole.path.stat().st_size
+    assert half.megabytes < .6*whole.megabytes
     assert whole.difference <= 1e-4 < half.difference < 1e-2
+
+
+BEFORE = """
+import sys, numpy as np, radio_nb, torch
+radio_nb.__path__ = []   # all but its cure for torchvision is gone
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+model = AutoModel.from_pretrained({path!r}, trust_remote_code=True)
+processor = AutoImageProcessor.from_pretrained({path!r})
+cases = np.load({cases!r})
+with torch.no_grad():
+    for i in range(3):
+        found = model(torch.from_numpy(cases[f'images {{i}}']))
+        assert abs(found.last_hidden_state.numpy() - cases[f'grid {{i}}']).max() < 1e-4
+        assert abs(found.pooler_output.numpy() - cases[f'summary {{i}}']).max() < 1e-4
+print(*processor(Image.new('L', (99, 77)), return_tensors='pt').pixel_values.shape, model.training)
+assert not [name for name in sys.modules if name.startswith('radio_nb.')]
+"""
+
+
+def test_transformers_loads_the_folder_where_this_library_is_not(tmp_path):
+    "Its image processor resizes any picture, a grey one too, to the size that was asked for."
+    pytest.importorskip('transformers')
+    student, cases = saved(tmp_path, depth=2), {}
+    folder = export_student(tmp_path, 'transformers', size=(64, 96)).path
+    assert sorted(path.name for path in folder.iterdir()) == ['config.json', 'model.safetensors', 'modeling_student.py',
+                                                              'preprocessor_config.json']
+    for i, images in enumerate(batches(student)):
+        with torch.inference_mode(): summary, grid = student.backbone(images)
+        cases |= {f'images {i}': student.backbone.normalize(images), f'summary {i}': summary.flatten(1),
+                  f'grid {i}': grid.flatten(1, 2)}
+    np.savez(tmp_path/'cases.npz', **cases)
+    code = BEFORE.format(path=str(folder), cases=str(tmp_path/'cases.npz'))
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ['1', '3', '64', '96', 'False']
+
+
+@pytest.mark.parametrize('name, teachers, options', [
+    ('vit_tiny_patch16_224', TEACHERS, {'depth': 2, 'stem': 'resnet10t'}),
+    ('vit_tiny_patch16_224', TEACHERS, {'depth': 1, 'stem': 'tf_mobilenetv3_small_minimal_100'}),  # pads by size
+    ('vit_tiny_patch16_224', TEACHERS, {'depth': 1, 'stride': 8}),
+    ('test_vit2', {'sam': (0, 16)}, {}), ('test_vit3', TEACHERS, {}),
+    ('resnet10t', TEACHERS, {}), ('resnet10t', {'sam': (0, 16)}, {'stride': 32}),
+    ('convnext_atto', TEACHERS, {}), ('regnetx_002', TEACHERS, {}),
+])
+def test_transformers_gets_the_whole_backbone(name, teachers, options, tmp_path):
+    "At three sizes, which the export compares; and its weights can be trained."
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(0)
+    Student(name, teachers, head_width=16, **options).eval().save_pretrained(tmp_path)
+    exported = export_student(tmp_path, 'transformers')
+    assert exported.difference <= 1e-4
+    model = transformers.AutoModel.from_pretrained(exported.path, trust_remote_code=True)
+    found = model(torch.rand(2, 3, 64, 64))
+    assert (found.pooler_output is None) == (teachers != TEACHERS)
+    found.last_hidden_state.square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    with pytest.raises(ValueError, match='images of 60 × 64 pixels: make both sides a multiple of'):
+        model(torch.rand(1, 3, 60, 64))
+
+
+def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path):
+    pytest.importorskip('transformers')
+    saved(tmp_path, depth=1)
+    folder = export_student(tmp_path, 'transformers').path
+    before = (folder/'config.json').stat().st_ino
+    export_student(tmp_path, 'transformers')   # made again
+    assert (folder/'config.json').stat().st_ino != before
+    (folder/'mine.txt').write_text('mine')
+    with pytest.raises(BadInput, match='student_transformers holds mine.txt, which is not of an export: choose'):
+        export_student(tmp_path, 'transformers')
+    assert (folder/'mine.txt').read_text() == 'mine' and not list(tmp_path.glob('*.part'))
 
 
 def test_what_differs_from_the_student_is_not_written_and_what_was_there_stays(tmp_path, monkeypatch):
@@ -165,10 +240,11 @@ def test_what_differs_from_the_student_is_not_written_and_what_was_there_stays(t
 @pytest.mark.parametrize('exporter, message', [
     (lambda *_: 1/0, 'vit_tiny_patch16_224 cannot be exported as torch-export .division by zero.'),
     (lambda *_: open('/nowhere/file', 'w'), 'could not be written .No such file'),
+    (lambda form, path: path.write_text('no program'), 'vit_tiny_patch16_224 cannot be exported as torch-export .'),
 ])
 def test_an_exporter_that_fails_says_so_in_one_line(exporter, message, tmp_path, monkeypatch):
     saved(tmp_path, depth=1)
-    monkeypatch.setattr(export, 'write_program', exporter)
+    monkeypatch.setattr(export.TorchExport, 'write', exporter)
     with pytest.raises(BadInput, match=message) as refused: export_student(tmp_path, 'torch-export')
     assert '\n' not in str(refused.value)
 
@@ -196,11 +272,28 @@ def test_what_is_asked_wrongly_is_refused_by_the_command(run, refused, tmp_path,
     assert refused('export', tmp_path, '--format', 'onnx').endswith('there is no student.safetensors in it')
     assert refused('export', out, '--format', 'timm', '--size', '1x2x3').endswith('such as 160x288')
     assert refused('export', out, '--format', 'torch-export', '--size', '64').endswith('takes images of any size')
+    assert refused('export', out, '--format', 'transformers', '--size', '60').endswith('must be a multiple of 16')
+    assert refused('export', out, '--format', 'transformers', '--out', tmp_path/'a.onnx').endswith('ends in no dot')
     assert 'for timm ends in .safetensors' in refused('export', out, '--format', 'timm', '--out', tmp_path/'a.onnx')
     assert 'make the folder' in refused('export', out, '--format', 'timm', '--out', tmp_path/'no'/'a.safetensors')
     monkeypatch.setattr(export, 'find_spec', lambda name: None)
     assert refused('export', out, '--format', 'onnx').endswith('needs onnx and onnxscript and onnxruntime: '
                                                                'pip install "radio_nb[export]"')
+
+
+@pytest.mark.parametrize('format', FORMATS)
+def test_the_last_lines_of_the_command_are_a_program_that_runs(format, tmp_path, capsys, monkeypatch):
+    [pytest.importorskip(name) for name in FORMATS[format].needs]
+    monkeypatch.chdir(tmp_path)
+    saved(tmp_path, depth=1)
+    main(['export', '.', '--format', format])
+    first, program = capsys.readouterr().out.split('To use it where radio_nb is not installed:\n\n')
+    assert program.startswith('# pip install ') and 'gives what the student does, but for' in first
+    Image.new('L', (99, 77)).save('photo.jpg')
+    found = {}
+    exec(program, found)
+    shape = tuple(found['grid'].shape)
+    assert shape == ((1, 14, 14, 192) if format in ('onnx', 'torch-export') else (1, 196, 192))
 
 
 def test_the_command_says_how_to_use_the_file_and_what_may_be_done_with_it(run, tmp_path, capsys):
@@ -233,6 +326,16 @@ def test_a_student_of_a_teacher_that_is_not_for_commerce_says_so(tmp_path):
     assert '**Not for commercial use**' in card and 'license_name: non-commercial' in card
     assert '| knn top-1 | 0.500 | a\\|b |' in card
     assert is_non_commercial('CC BY-NC 4.0') and not is_non_commercial('DINOv3-License')
+
+
+def test_the_folder_for_transformers_has_a_card_of_its_own(tmp_path):
+    "Whoever uploads it takes the licences along."
+    pytest.importorskip('transformers')
+    saved(tmp_path, depth=1)
+    for _ in range(2): main(['export', str(tmp_path), '--format', 'transformers'])   # the second time over the card
+    card = (tmp_path/'student_transformers'/'README.md').read_text()
+    assert 'library_name: transformers' in card and "AutoModel.from_pretrained('FOLDER', trust_remote_code" in card
+    assert 'The licence of at least one teacher is unknown' in card and 'radio_nb.create' not in card
 
 
 def test_a_card_is_made_again_until_somebody_takes_it_over(tmp_path):

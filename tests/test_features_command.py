@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pandas as pd
 import pytest
@@ -224,6 +225,27 @@ def test_what_is_there_is_of_this_command_or_refused(world, tmp_path, refused, c
     assert before[0] == (home/'whole.npy').read_bytes()
 
 
+def test_another_layer_of_the_same_teacher_is_another_request(world, tmp_path, refused):
+    "The weights are the same, and the file of the first layer was taken for that of the second."
+    spec, images, _ = world
+    first, second = (spec.replace('@', f'/{layer}@') for layer in (0, 1))
+    cli.main(list(map(str, flags(first, images, tmp_path/'x.npy'))))
+    error = refused(*flags(second, images, tmp_path/'x.npy'))
+    assert 'x.npy is of another request (output is ' in error and '/0 there and ' in error and '/1 here)' in error
+
+
+def test_images_of_a_table_that_cannot_be_read_are_all_counted(tmp_path):
+    "Two with one name were one."
+    good = small_images(tmp_path/'images', 1, 40)
+    rows = [{'bytes': (Path(good)/'00.png').read_bytes(), 'path': 'a.png'}, None,
+            *[{'bytes': b'no image', 'path': 'b.png'}]*2]
+    table = Dataset.from_dict({'image': rows}, features=datasets.Features({'image': datasets.Image(decode=False)}))
+    table.to_parquet(str(tmp_path/'t.parquet'))
+    index = save_features('timm:test_vit@random#32', str(tmp_path/'t.parquet'), tmp_path/'x.npy')
+    assert index.rows == [0] and index.paths == ['a.png']
+    assert list(index.skipped) == ['row 1', 'b.png of row 2', 'b.png of row 3']
+
+
 def test_parts_of_another_command_and_damaged_parts_are_named(world, tmp_path, refused, monkeypatch):
     spec, images, home = world
     monkeypatch.setattr(feature_files, 'PART_ROWS', 8)
@@ -255,6 +277,7 @@ def test_two_commands_do_not_write_one_file(world, tmp_path, refused):
     ({'--adaptor': 'clip'}, 'zoo:u2netp#32 is a teacher, and only students have adaptors'),
     ({'--size': '64'}, 'zoo:u2netp#32 says its size already: leave out --size'),
     ({'model': 'timm:mixer_s32_224@random', '--size': '32x64'}, 'timm:mixer_s32_224@random cannot see 32 × 64 pixels'),
+    ({'model': 'hf:siglip2_vision_model@random'}, 'cannot see 224 × 224 pixels'),   # it wants more than images
     ({'--size': 'large'}, "size 'large' is neither a side such as 224"),
     ({'--batch-size': '0'}, '--batch-size is 0, but must be at least 1'),
     ({'--workers': '-1'}, '--workers is -1, but must be at least 0'),
@@ -400,6 +423,8 @@ def test_zero_shot_refuses(clip_run, run, refused, tmp_path):
     assert 'zero-shot needs a teacher that is open_clip' in command(model='zoo:u2netp')
     assert '--labels: give two or more, each of them once' in command('cat')
     assert '--labels: give two or more, each of them once' in command('cat', 'cat')
+    assert '--labels: give two or more, each of them once' in command('cat', ' cat')   # one class with half of each
+    assert 'and none that is empty' in command('cat', '')
     assert '--top is 0, but must be at least 1' in command('a', 'b', '--top', '0')
     assert '--batch-size is 0, but must be at least 1' in command('a', 'b', '--batch-size', '0')
     assert 'labels are written as .csv' in command('a', 'b', '--out', tmp_path/'x.json')

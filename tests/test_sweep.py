@@ -21,7 +21,7 @@ from radio_nb.targets.bad_input import BadInput
 
 FILE = Path(__file__).with_name('families.json')
 FAMILIES = json.loads(FILE.read_text())
-# modules of timm whose networks cannot be teachers, and what the message says
+# modules of timm whose networks have no grid of their own, only those of layers, and what the message says
 CANNOT = {'coat': 'CoaT ends in 3 tensors, not in one grid', 'crossvit': 'CrossVit ends in 2 tensors, not in one grid',
           'efficientvim': 'EfficientViM ends in 4 tensors, not in one grid',
           'pit': 'PoolingVisionTransformer gives 0 tokens for 224 × 224 pixels and does not say'}
@@ -30,8 +30,11 @@ FEW = ['efficientnet', 'eva', 'levit', 'resnet', 'swin_transformer', 'xcit', 'ca
 
 
 def architectures_by_module():
+    "Those of timm itself; `zoo` adds some."
     found = {}
-    for name in timm.list_models(): found.setdefault(timm.models._registry._model_to_module[name], []).append(name)
+    for name in timm.list_models():
+        if not timm.model_entrypoint(name).__module__.startswith('timm.'): continue
+        found.setdefault(timm.models._registry._model_to_module[name], []).append(name)
     return found
 
 
@@ -115,6 +118,7 @@ def test_every_family_of_timm_is_a_teacher(module, request):
         with pytest.raises(BadInput, match=CANNOT[module]) as refusal:
             load_teacher(f'timm:{FAMILIES[module]}@random').widths()
         assert len(str(refusal.value).splitlines()) == 1
+        assert load_teacher(f'timm:{FAMILIES[module]}/-1@random').widths()
     else: print(sweep_timm(FAMILIES[module]))
 
 

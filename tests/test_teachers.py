@@ -10,8 +10,11 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
 
-from radio_nb.models.teachers import Teacher, load_teacher, own_seed
+from radio_nb.models.feature_extraction import hf_grid
+from radio_nb.models.specs import parse_spec
+from radio_nb.models.teachers import Teacher, _clip_normalization, load_teacher, own_seed
 from radio_nb.targets.bad_input import BadInput
+from radio_nb.targets.features import Features
 
 PIXELS = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
 
@@ -148,8 +151,71 @@ def test_inner_layers_are_those_of_timm_in_the_order_of_the_spec():
 
 
 def test_networks_without_inner_layers_say_so():
-    for spec in ('zoo:u2netp/-2', 'zoo:cifar-resnet20/-2@random'):
-        with pytest.raises(BadInput, match='does not give its inner layers'): load_teacher(spec)
+    with pytest.raises(BadInput, match='U2NetP does not give its inner layers'): load_teacher('zoo:u2netp/-2')
+
+
+def test_a_layer_that_is_named_twice_in_two_ways_is_refused():
+    "Its channels counted twice."
+    for name, last in (('timm:test_vit', 5), ('open_clip:ViT-S-32-alt', 11)):
+        with pytest.raises(BadInput, match=f'-1,{last} names a layer twice'):
+            load_teacher(f'{name}/-1,{last}@random#64').widths()
+
+
+def test_half_precision_inside_is_single_precision_outside():
+    "It was refused by the first convolution; half precision images were, too."
+    teacher, wide = load_teacher('timm:test_vit@random#64'), torch.rand(2, 3, 96, 96)
+    expected = teacher(wide)
+    assert_close(teacher(wide.half()), expected, rtol=0, atol=.02)
+    for dtype in (torch.bfloat16, torch.float16):
+        for own, other in zip(load_teacher('timm:test_vit@random#64').to(dtype)(wide), expected):
+            assert own.dtype == torch.float32 and (own - other).abs().max() < .1
+
+
+def test_images_of_bytes_are_refused():
+    "They were taken for numbers between 0 and 1."
+    with pytest.raises(BadInput, match='divide torch.uint8 by 255'):
+        load_teacher('timm:test_vit@random#64')((255*PIXELS).byte())
+
+
+@pytest.mark.parametrize('features', [lambda x: (x.mean((2, 3)), x[:, 0]), lambda x: (x.mean((1, 2, 3)), x),
+                                      lambda x: (x.mean(2)[0], x)])
+def test_a_function_that_gives_no_summary_and_grid_is_named(features):
+    teacher = load_teacher(nn.Identity(), lambda x: Features(*features(x)), 8, 'mine')
+    with pytest.raises(BadInput, match='teacher mine gives a summary .* for one image, not'): teacher.widths()
+
+
+@pytest.mark.parametrize('spec', ['timm:nonsense@FILE', 'timm:test_resnet.nonsense@FILE',
+                                  'timm:test_resnet.nonsense@random', 'timm:test_resnet.nonsense'])
+def test_unknown_names_and_tags_of_timm_are_one_line(state, tmp_path, spec):
+    "They ended in a traceback."
+    save_file(state, tmp_path/'a.safetensors')
+    with pytest.raises(BadInput, match='unknown timm model'):
+        load_teacher(spec.replace('FILE', f'{tmp_path}/a.safetensors'))
+
+
+def test_a_name_from_before_timm_renamed_it_takes_a_size():
+    assert load_teacher('timm:vit_tiny_patch16_224_in21k@random#64').widths() == (192, 192)
+
+
+@pytest.mark.parametrize('name, stated, mean', [
+    ('ViT-B-16-SigLIP', {}, .5), ('ViT-B-32', {}, .48145466), ('MobileCLIP-S1', {}, 0.),
+    ('ViT-S-32-alt', {}, .48145466), ('ViT-L-14/laion2b_s32b_b82k', {}, .5), ('ViT-L-14/openai', {}, .48145466),
+    ('ViT-B-16-SigLIP', {'mean': '.25,.5,.5', 'std': '1,1,1'}, .25)])
+def test_weights_of_a_clip_from_a_file_know_their_normalization(state, tmp_path, name, stated, mean):
+    "A SigLIP from a file saw images normalized as for the first CLIP."
+    import open_clip
+    save_file(state, path := tmp_path/'clip.safetensors', stated)
+    own = {'mean': open_clip.OPENAI_DATASET_MEAN, 'std': open_clip.OPENAI_DATASET_STD}
+    assert _clip_normalization(parse_spec(f'open_clip:{name}@{path}'), own)[0][0] == mean
+
+
+def test_weights_of_a_clip_whose_normalization_depends_on_its_tag():
+    import open_clip
+    own = {'mean': open_clip.OPENAI_DATASET_MEAN, 'std': open_clip.OPENAI_DATASET_STD}
+    with pytest.raises(BadInput, match='say which ones the file holds, open_clip:ViT-L-14/TAG@my.pt; tags: openai'):
+        _clip_normalization(parse_spec('open_clip:ViT-L-14@my.pt'), own)
+    with pytest.raises(BadInput, match="unknown tag of ViT-L-14 'opnai': did you mean openai"):
+        load_teacher('open_clip:ViT-L-14/opnai@my.pt')
 
 
 def test_wide_images_have_wide_grids():
@@ -220,6 +286,67 @@ def test_a_pooling_layer_that_was_never_trained_is_not_used(hf_folder):
     assert teacher.summary_kind == 'class token'
     save_file(dict(list(state.items())[3:]), folder/'model.safetensors', {'format': 'pt'})
     with pytest.raises(BadInput, match='lacks 3 weights of ViTModel'): load_teacher(f'hf:vit@{folder}')
+
+
+@pytest.mark.parametrize('shape, size, patch, grid', [
+    ((64, 5), (240, 240), 4, (8, 8)), ((72, 5), (240, 272), 4, (8, 9)),   # Swin pads odd rows: 15, then 8
+    ((16, 5), (224, 224), 16, (4, 4)),                                     # LeViT, too: 7, then 4
+    ((57, 5), (240, 272), None, (7, 8)), ((50, 5), (224, 224), None, (7, 7)),   # a ConvNeXt with a token, cut off
+    ((265, 5), (224, 224), 14, (16, 16)), ((28, 5), (64, 112), 16, (4, 7)),
+    ((7, 7, 768), (224, 224), None, (7, 7)), ((7, 14, 768), (224, 448), None, (7, 14)),   # SAM 2
+    ((768, 7, 14), (224, 448), None, (7, 14)), ((768, 15, 17), (240, 272), 4, (15, 17)),
+    ((8, 9, 24), (240, 272), 4, (8, 9))])
+def test_states_of_transformers_have_the_grid_of_the_network(shape, size, patch, grid):
+    "Those of Swin, LeViT, Hiera and SAM 2 had another, and nobody was told."
+    states = torch.rand(2, *shape)
+    found = hf_grid(states, size, patch)
+    assert found.shape == (2, *grid, {768, 24} & {*shape} and max(shape) or 5)
+    if len(shape) == 2: assert torch.equal(found.flatten(1, 2), states[:, shape[0] - grid[0]*grid[1]:])
+
+
+@pytest.mark.parametrize('n, size, patch', [(8, (224, 224), 16), (300, (224, 224), None), (63, (240, 240), 4)])
+def test_tokens_that_are_no_grid_are_refused(n, size, patch):
+    "Groups of GroupViT, queries of a detector."
+    with pytest.raises(BadInput, match=f'{n} tokens for .* pixels form no grid'):
+        hf_grid(torch.rand(1, n, 5), size, patch)
+
+
+@pytest.mark.parametrize('config, options, grid', [
+    ('HieraConfig', dict(embed_dim=16, depths=[1, 1, 1, 1]), (2, 2)),
+    ('Sam2HieraDetConfig', dict(image_size=[64]*2, hidden_size=16, embed_dim_per_stage=[16, 32, 48, 64]), (2, 2))])
+def test_pyramids_of_transformers(hf_folder, config, options, grid):
+    model, folder = hf_folder(config, **({'image_size': [64]*2} | options))
+    teacher, images = load_teacher(f'hf:mine@{folder}'), torch.rand(1, 3, 64, 64)
+    mean, std = torch.tensor([.4, .5, .6])[:, None, None], torch.tensor([.2, .3, .4])[:, None, None]
+    with torch.inference_mode(): own = model((images - mean)/std).last_hidden_state
+    assert_close(teacher(images).spatial, own.reshape(1, *grid, -1))
+
+
+def test_a_processor_that_does_more_than_normalize(hf_folder):
+    "What it makes of a pixel is what the teacher makes of it, or it is refused."
+    import numpy as np
+    import transformers
+    _, folder = hf_folder('ViTConfig', **transformers_models()['ViTConfig'])
+    white = np.full((3, 64, 64), 255, dtype='uint8')
+    for options in ({'rescale_factor': 1/127.5}, {'do_rescale': False, 'do_normalize': False}, {'do_normalize': False}):
+        processor = transformers.ViTImageProcessor(image_mean=[.4, .5, .6], image_std=[.2, .3, .4], do_resize=False,
+                                                   **options)
+        processor.save_pretrained(folder)
+        teacher = load_teacher(f'hf:vit@{folder}')
+        own = processor(white, return_tensors='pt', input_data_format='channels_first')['pixel_values'][0].float()
+        assert_close(((1 - teacher.mean)/teacher.std).expand(3, 64, 64), own)
+    transformers.MobileViTImageProcessor().save_pretrained(folder)
+    with pytest.raises(BadInput, match='in a way of its own .do_flip_channel_order.'): load_teacher(f'hf:vit@{folder}')
+
+
+@pytest.mark.parametrize('spec, message', [
+    ('hf:siglip2_vision_model@random', 'cannot see 224 × 224 pixels .*missing 2 required'),
+    ('hf:groupvit@random', '8 tokens .* form no grid')])
+def test_models_of_transformers_that_want_more_than_images_say_so(spec, message):
+    "The first ended in a traceback."
+    pytest.importorskip('transformers')
+    with pytest.raises(BadInput, match=message) as refused: load_teacher(spec).widths()
+    assert '\n' not in str(refused.value)
 
 
 @pytest.mark.parametrize('spec, message', [

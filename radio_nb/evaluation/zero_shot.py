@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..targets.bad_input import BadInput
+from ..targets.bad_input import BadInput, reason
+from ..models.randomness import own_seed
 from ..models.specs import parse_spec
-from ..models.teachers import open_clip_model, own_seed
+from ..models.teachers import open_clip_model
 from ..models.tensor_files import load_tensors, save_tensors
 import open_clip  # after radio_nb, see its `__init__`
 
@@ -123,9 +124,8 @@ def _tokenizer(arch):
     "The tokenizer of an open_clip architecture; it may need a hub."
     try: return open_clip.get_tokenizer(arch)
     except Exception as e:
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0][:160]
-        raise BadInput(f'open_clip:{arch}: its tokenizer is not part of open_clip and could not be fetched ({reason}); '
-                       'models with the tokenizer of CLIP, such as ViT-B-16, need nothing more') from e
+        raise BadInput(f'open_clip:{arch}: its tokenizer is not part of open_clip and could not be '
+                       f'fetched ({reason(e)}); models with that of CLIP, such as ViT-B-16, need nothing more') from e
 
 # %% ../../nbs/evaluation/03_zero_shot.ipynb #28b1b6ad
 def _key(spec, names, templates):

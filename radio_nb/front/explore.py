@@ -45,8 +45,9 @@ def similarity_figure(
     fig.add_trace(go.Image(z=colours, x0=.5/w, dx=1/w, y0=.5/h, dy=1/h, hoverinfo='skip'), **first)
     for i, values in enumerate(maps.values(), 2):
         rows, columns = values.shape
-        fig.add_trace(go.Heatmap(z=values.cpu(), x0=.5/columns, dx=1/columns, y0=.5/rows, dy=1/rows, zmin=-1, zmax=1,
-                                 colorscale='RdBu_r', showscale=False, hovertemplate='%{z:.2f}<extra></extra>'),
+        fig.add_trace(go.Heatmap(z=values.cpu().numpy(), x0=.5/columns, dx=1/columns, y0=.5/rows, dy=1/rows,
+                                 zmin=-1, zmax=1, colorscale='RdBu_r', showscale=False,
+                                 hovertemplate='%{z:.2f}<extra></extra>'),
                       row=1, col=i)
     mark = dict(symbol='square-open', size=12, color='black', line_width=2)
     for i in range(1, len(maps) + 2):
@@ -130,8 +131,9 @@ def clouds(
     y:Tensor,                  # features of two channels, (n, 2)
 )->dict[str, Tensor]:          # by normalizer
     "The same features after every normalizer."
+    y = y.detach().float().cpu()
     moments = Moments(2).update(y)
-    return {kind: fit_normalizer(kind, moments)(y.float()) for kind in KINDS}
+    return {kind: fit_normalizer(kind, moments)(y) for kind in KINDS}
 
 def cloud_between(
     after:dict[str, Tensor],   # from `clouds`
@@ -147,12 +149,13 @@ def cloud_figure(
 )->go.Figure:
     "Clouds side by side, on the same axes, each point in the colour of its direction in the first."
     first = next(iter(after.values()))
-    angle = torch.atan2(*(first - first.mean(0)).flip(-1).unbind(-1)).cpu()
+    angle = torch.atan2(*(first - first.mean(0)).flip(-1).unbind(-1)).numpy()
     marker = dict(color=angle, colorscale='Phase', size=4)
     rows, limit = -(-len(after)//columns), float(max(points.abs().max() for points in after.values()))
     fig = make_subplots(rows, columns, subplot_titles=[*map(plain, after)], horizontal_spacing=.03)
     for i, points in enumerate(after.values()):
-        fig.add_scatter(x=points[:, 0].cpu(), y=points[:, 1].cpu(), mode='markers', marker=marker, showlegend=False,
+        x, y = points.T.numpy()
+        fig.add_scatter(x=x, y=y, mode='markers', marker=marker, showlegend=False,
                         row=i//columns + 1, col=i % columns + 1)
     fig.update_xaxes(range=[-limit, limit]).update_yaxes(range=[-limit, limit])
     return layout(fig, 165*columns, 185*rows)
@@ -183,7 +186,7 @@ class NormalizerExplorer:
         variances = ' and '.join(f'{value:.2f}' for value in points.var(0, correction=0))
         name = names[i] if place == i else f'from {names[i]} to {names[i + 1]}'
         with self.figure.batch_update():
-            self.figure.data[0].x, self.figure.data[0].y = points[:, 0], points[:, 1]
+            self.figure.data[0].x, self.figure.data[0].y = points.T.numpy()
             self.figure.layout.annotations[0].text = f'{name}: variances {variances}'
 
     def _repr_mimebundle_(self, **kwargs):

@@ -45,30 +45,35 @@ class FeatureSource(NamedTuple):
     size: tuple[int, int]                   # of its images, height and width
     device: torch.device
     weights: str                            # their fingerprint
+    output: str = ''                        # of a teacher: what it gives, apart from its weights
 
 def _student_source(folder, adaptor, size):
-    recipe, student = recipe_of(folder), Student.from_pretrained(folder)
-    device = best_device() if recipe is None else best_device(recipe.device)
-    if recipe is not None:   # as it saw them in the last stage
-        size = size or max(check_recipe(recipe)[-1].parts, key=lambda part: part.share).size
-    teachers, name = list(student.to(device).config['teachers']), f'adaptor {adaptor}' if adaptor else 'student'
+    recipe = recipe_of(folder)
+    if recipe and not size:   # as it saw them in the last stage
+        size = max(check_recipe(recipe)[-1].parts, key=lambda part: part.share).size
+    device = best_device(recipe.device) if recipe else best_device()
+    student = Student.from_pretrained(folder).to(device)
+    teachers, name = list(student.config['teachers']), f'adaptor {adaptor}' if adaptor else 'student'
     if adaptor and adaptor not in teachers: raise unknown('adaptor', adaptor, teachers)
     def estimate(images): return student(images, [adaptor])[adaptor]
     features = estimate if adaptor else own_features(student)
     return FeatureSource(name, features, height_width(size or 224), device, weights_fingerprint(student))
 
 def _check_teacher(spec, adaptor):
+    "Take a teacher's spec apart. Raises `BadInput` for what is none."
     if ':' not in spec: raise BadInput(f'{spec} is neither the folder of a run nor a teacher such as zoo:u2netp')
-    check_spec(spec)
+    parsed = check_spec(spec)
     if adaptor: raise BadInput(f'--adaptor {adaptor}: {spec} is a teacher, and only students have adaptors')
+    return parsed
 
-def _teacher_source(spec, size):
-    if size and check_spec(spec).size: raise BadInput(f'{spec} says its size already: leave out --size')
+def _teacher_source(spec, adaptor, size):
+    if _check_teacher(spec, adaptor).size and size: raise BadInput(f'{spec} says its size already: leave out --size')
     square = size and size[0] == size[1]   # for which some have to be built
     teacher = load_teacher(f'{spec}#{size[0]}' if square else spec, name=spec).to(best_device())
     size = size or height_width(teacher.size)
+    teacher.widths(size)   # or it cannot see them
     def features(images): return teacher(images, size)
-    return FeatureSource(spec, features, size, teacher.mean.device, weights_fingerprint(teacher))
+    return FeatureSource(spec, features, size, teacher.mean.device, weights_fingerprint(teacher), teacher.source)
 
 def open_source(
     model:str,                       # folder of a run, or of a student alone; or a teacher's spec
@@ -77,8 +82,7 @@ def open_source(
 )->FeatureSource:
     "Find a model. Raises `BadInput` for what is none, and for an adaptor that it does not have."
     if Path(model).is_dir(): return _student_source(Path(model), adaptor, size)
-    _check_teacher(model, adaptor)
-    return _teacher_source(model, size)
+    return _teacher_source(model, adaptor, size)
 
 # %% ../../nbs/front/06_features.ipynb #3b05e392
 WHAT = {'summary': 'summary', 'grid': 'spatial'}   # by flag, fields of `Features`
@@ -96,10 +100,7 @@ def encoder(
 
 def row_shape(source:FeatureSource, what:str)->tuple[int, ...]:
     "The shape of one image's features. Raises `BadInput` for a size that does not fit, and where there are none."
-    try: shape = encoder(source, what)(torch.full((1, 3, *source.size), 127, dtype=torch.uint8)).shape[1:]
-    except (AssertionError, RuntimeError, ValueError, IndexError) as e:
-        if isinstance(e, BadInput) or 'memory' in str(e): raise
-        raise BadInput(f'{source.name} cannot see {source.size[0]} × {source.size[1]} pixels ({reason(e)})') from e
+    shape = encoder(source, what)(torch.full((1, 3, *source.size), 127, dtype=torch.uint8)).shape[1:]
     if not prod(shape): raise BadInput(f'{source.name} has no {what}: add --what grid')
     return tuple(shape)
 
@@ -119,7 +120,9 @@ class NamedCrops:
         image = self.images[row]['image']
         path = image and image['path'] or f'row {row}'
         try: return NamedCrop(row, path, centre_crop(decode(image), self.size))
-        except Unreadable as e: return NamedCrop(row, path, None, str(e))
+        except Unreadable as e:   # the names in a table need not be different
+            return NamedCrop(row, f'{path} of row {row}' if image and image['bytes'] and image['path'] else path,
+                             None, str(e))
 
     def batches(self,
         rows:Iterable[range],  # of every batch
@@ -223,8 +226,9 @@ def save_features(
     _at_least(1, batch_size=batch_size)
     _at_least(0, workers=workers)
     source, opened, folder = open_source(model, adaptor, size), _bounded(images), Path(f'{out}.parts')
-    request = {'model': model, 'weights': source.weights, 'images': images, 'contents': images_fingerprint(opened),
-               'adaptor': adaptor, 'what': what, 'size': '{}x{}'.format(*source.size)}
+    request = {'model': model, 'output': source.output, 'weights': source.weights, 'images': images,
+               'contents': images_fingerprint(opened), 'adaptor': adaptor, 'what': what,
+               'size': '{}x{}'.format(*source.size)}
     row_shape(source, what)   # before anything is written
     out.parent.mkdir(parents=True, exist_ok=True)
     with lock(Path(f'{out}.lock'), str(out)):
@@ -249,7 +253,8 @@ def _clip_of(model, adaptor):
         teachers = {adaptor: run.teachers[adaptor]} if adaptor in run.teachers else run.teachers
         if adaptor and adaptor not in run.teachers: raise unknown('adaptor', adaptor, list(run.teachers))
         clip, seed = student_eval_model(run.student, run.size, teachers), run.recipe.seed
-        for name in [name for name, spec in teachers.items() if spec in clip.texts][:1]: load_own(run, name)
+        own = next((name for name, spec in teachers.items() if spec in clip.texts), None)
+        if own: load_own(run, own)   # or its weights are not those that the student learned from
     if not clip.texts:
         raise BadInput(f'{adaptor or model} does not match images and texts: zero-shot needs a teacher that is '
                        'open_clip:NAME/TAG')
@@ -273,8 +278,9 @@ def label_images(
     workers:int=0,             # processes that decode
 )->tuple[list[LabelledImage], dict[str, str]]: # and images that could not be read, with the reason
     "The nearest labels of every image that can be read. Raises `BadInput`."
-    labels = list(labels)
-    if len(labels) < 2 or len({*labels}) < len(labels): raise BadInput('--labels: give two or more, each of them once')
+    labels = [label.strip() for label in labels]
+    if len(labels) < 2 or len({*labels}) < len(labels) or '' in labels:
+        raise BadInput('--labels: give two or more, each of them once, and none that is empty')
     _at_least(1, top=top, batch_size=batch_size)
     _at_least(0, workers=workers)
     opened, (clip, spec, seed) = _bounded(images), _clip_of(model, adaptor)

@@ -9,7 +9,7 @@ __all__ = ['as_grid', 'layer_numbers', 'join_maps', 'timm_features', 'summary_ki
 # %% ../../nbs/models/04_feature_extraction.ipynb #817fb989
 import inspect
 from collections.abc import Callable
-from math import ceil
+from math import ceil, floor, log, prod
 
 import torch
 import torch.nn.functional as F
@@ -32,34 +32,34 @@ def as_grid(
     size:tuple[int, int],  # height and width of the images
 )->Tensor:                 # (B, H, W, D)
     "The last features of a timm model as a grid. Raises `BadInput` for a sequence that is none."
+    cure = 'name a layer behind the model, as in NAME/-1, or use load_teacher(model, features=…) and return it yourself'
     if not isinstance(final, Tensor):
-        raise BadInput(f'{type(model).__name__} ends in {len(final)} tensors, not in one grid: '
-                       'use load_teacher(model, features=…) and return it yourself')
+        raise BadInput(f'{type(model).__name__} ends in {len(final)} tensors, not in one grid: {cure}')
     if final.ndim == 4: return final if getattr(model, 'output_fmt', 'NCHW') == 'NHWC' else final.movedim(1, -1)
     tokens = final[:, getattr(model, 'num_prefix_tokens', int(hasattr(model, 'cls_token'))):]
     for rows, columns in _grids(model, size):
         if rows*columns == tokens.shape[1]: return tokens.unflatten(1, (rows, columns))
     raise BadInput(f'{type(model).__name__} gives {tokens.shape[1]} tokens for {size[0]} × {size[1]} pixels and '
-                   'does not say how they form a grid: use load_teacher(model, features=…) and return it yourself')
+                   f'does not say how they form a grid: {cure}')
 
 # %% ../../nbs/models/04_feature_extraction.ipynb #b94992bf
 def layer_numbers(
-    model:nn.Module,              # a timm model
-    layers:tuple[int|str, ...],   # numbers, or names as timm's `feature_info` has them
-)->list[int]:                     # from 0
-    "The numbers of some layers of a timm model. Raises `BadInput` for a layer that it does not have."
-    if not layers: return []
-    names = [stage['module'] for stage in getattr(model, 'feature_info', ())]
-    if not names or not hasattr(model, 'forward_intermediates'):
-        raise BadInput(f'{type(model).__name__} does not give its inner layers: leave out what follows the /')
-    known = {name: number for number, name in enumerate(names)}
-    known |= {number: number % len(names) for number in range(-len(names), len(names))}
-    for layer in layers:
-        if layer not in known:
-            called = ', '.join(names) if len(names) < 7 else f'{names[0]} to {names[-1]}'
-            raise BadInput(f'{type(model).__name__} has no layer {layer}: '
-                           f'it has 0 to {len(names) - 1}, called {called}')
-    return [known[layer] for layer in layers]
+    layers:tuple[int|str, ...],    # numbers from 0, or from -1 backwards, or names
+    n:int,                         # how many the model has
+    model:nn.Module,               # for messages
+    names:list[str]|None=None,     # of all of them, where they have names
+)->list[int]:                      # from 0
+    "The numbers of some layers. Raises `BadInput` for a layer that is not there, and for one that is named twice."
+    model, names = type(model).__name__, names or []
+    if layers and not n: raise BadInput(f'{model} does not give its inner layers: leave out what follows the /')
+    known = {name: number for number, name in enumerate(names)} | {number: number % n for number in range(-n, n)}
+    if unknown := [layer for layer in layers if layer not in known]:
+        called = f', called {", ".join(names if n < 7 else (names[0], "…", names[-1]))}' if names else ''
+        raise BadInput(f'{model} has no layer {unknown[0]}: it has 0 to {n - 1}{called}')
+    numbers = [known[layer] for layer in layers]
+    if len(set(numbers)) < len(numbers):
+        raise BadInput(f'{model}: {",".join(map(str, layers))} names a layer twice')
+    return numbers
 
 # %% ../../nbs/models/04_feature_extraction.ipynb #adb763e8
 def join_maps(
@@ -76,21 +76,22 @@ def timm_features(
     layers:tuple[int|str, ...]=(),  # see `layer_numbers`; none for the grid that the summary is made of
 )->Callable[[Tensor], Features]:
     "How to read a timm model: pooled as it was trained, and its last grid or the normalized grids of some layers."
-    wanted = layer_numbers(model, layers)
+    stages = getattr(model, 'feature_info', ()) if hasattr(model, 'forward_intermediates') else ()
+    wanted = layer_numbers(layers, len(stages), model, [stage['module'] for stage in stages]) if layers else []
     def features(x):
-        final = model.forward_features(x)
-        summary = model.forward_head(final, pre_logits=True)
-        if not wanted: return Features(summary, as_grid(final, model, tuple(x.shape[-2:])))
-        return Features(summary, join_maps(_inner_maps(model, x, wanted)))
+        if not wanted:
+            final = model.forward_features(x)
+            return Features(model.forward_head(final, pre_logits=True), as_grid(final, model, tuple(x.shape[-2:])))
+        final, maps = _with_maps(model, x, wanted)
+        return Features(model.forward_head(final, pre_logits=True), join_maps([maps[layer] for layer in wanted]))
     return features
 
-def _inner_maps(model, x, wanted):
-    ordered = sorted(set(wanted))   # timm gives them in this order
-    options = dict(indices=ordered, stop_early=True, output_fmt='NCHW', intermediates_only=True)
-    try: maps = model.forward_intermediates(x, norm=True, **options)
-    except AssertionError: maps = model.forward_intermediates(x, norm=False, **options)  # it has no norm for them
-    maps = dict(zip(ordered, maps))
-    return [maps[number] for number in wanted]
+def _with_maps(model, x, layers):
+    "The last features of a timm model, and the maps of some layers by number."
+    options = dict(indices=sorted(layers), output_fmt='NCHW', stop_early=False)   # Hiera stops by default
+    try: final, maps = model.forward_intermediates(x, norm=True, **options)
+    except AssertionError: final, maps = model.forward_intermediates(x, norm=False, **options)  # it has no norm
+    return final, dict(zip(sorted(layers), maps))
 
 # %% ../../nbs/models/04_feature_extraction.ipynb #0a276c39
 _summary_kinds = {'token': 'class token', 'map': 'attention pooling'}
@@ -110,26 +111,33 @@ def clip_features(
     normalize = getattr(tower, 'attn_pool', None) is None
     def features(x):
         out = tower.forward_intermediates(x, indices=None if layers else 1, normalize_intermediates=normalize)
-        maps, n = out['image_intermediates'], len(out['image_intermediates'])
-        if wrong := [layer for layer in layers if not -n <= layer < n]:
-            raise BadInput(f'{type(tower).__name__} has no layer {wrong[0]}: it has 0 to {n - 1}')
-        return Features(out['image_features'], join_maps([maps[layer] for layer in layers or (-1,)]))
+        maps = out['image_intermediates']
+        wanted = layer_numbers(layers or (-1,), len(maps), tower)
+        return Features(out['image_features'], join_maps([maps[layer] for layer in wanted]))
     return features
 
 # %% ../../nbs/models/04_feature_extraction.ipynb #83014844
+def _channels_last(states, size):
+    "Whether the first two sides of a map, rather than the last two, have the ratio of the image."
+    wanted, (a, b, c) = size[0]/size[1], states.shape[1:]
+    return abs(log(a/b/wanted)) < abs(log(b/c/wanted))
+
 def hf_grid(
     states:Tensor,         # (B, N, D), (B, D, H, W) or (B, H, W, D)
     size:tuple[int, int],  # height and width of the images
-    patch:int|None,        # side of a patch in pixels; None for a network without patches
+    patch:int|None,        # side of a patch in pixels, where the configuration says it
 )->Tensor:                 # (B, H, W, D)
     "The states of a vision model of transformers as a grid. Raises `BadInput` for tokens that are none."
-    if states.ndim == 4:
-        last = patch and tuple(states.shape[1:3]) == (size[0]//patch, size[1]//patch)
-        return states if last else states.movedim(1, -1)
-    if not patch: raise BadInput('a model that gives tokens and has no patch_size cannot be a teacher by name')
-    while (size[0]//patch)*(size[1]//patch) > states.shape[1]: patch *= 2
-    rows, columns = size[0]//patch, size[1]//patch
-    return states[:, states.shape[1] - rows*columns:].unflatten(1, (rows, columns))
+    if states.ndim == 4: return states if _channels_last(states, size) else states.movedim(1, -1)
+    patches, n = [side//(patch or 2) for side in size], states.shape[1]
+    if patch and prod(patches) <= n: return states[:, n - prod(patches):].unflatten(1, patches)
+    for halve in (ceil, floor):   # positions were merged: odd rows padded, or cut off
+        sides = patches
+        while prod(sides) > 1:
+            sides = [halve(side/2) for side in sides]
+            if n - prod(sides) in (0, 1): return states[:, -prod(sides):].unflatten(1, sides)
+    raise BadInput(f'{n} tokens for {size[0]} × {size[1]} pixels form no grid: such a model cannot be a '
+                   'teacher by name')
 
 def vision_part(
     model:nn.Module,  # a model of transformers
@@ -148,25 +156,29 @@ def hf_features(
     "How to read a model of transformers: what it pools, or its average or class token, and its states as a grid."
     part = vision_part(model)
     forward = getattr(model, 'get_image_features', part)
-    patch = getattr(part.config, 'patch_size', None)
+    patch = getattr(part.config, 'patch_stride', None) or getattr(part.config, 'patch_size', None)
     patch = patch[0] if isinstance(patch, (list, tuple)) else patch
     options = {'output_hidden_states': True} if layers else {}
     if 'interpolate_pos_encoding' in inspect.signature(part.forward).parameters:
         options['interpolate_pos_encoding'] = True   # changes nothing at the size of the configuration
     def features(x):
         out, size = forward(pixel_values=x, **options), tuple(x.shape[-2:])
-        grid, pooled = hf_grid(out.last_hidden_state, size, patch), getattr(out, 'pooler_output', None)
-        if pooled is not None: summary = pooled.flatten(1)
-        elif out.last_hidden_state.ndim == 3 and out.last_hidden_state.shape[1] > grid[0, ..., 0].numel():
-            summary = out.last_hidden_state[:, 0]
-        else: summary = grid.mean((1, 2))
-        if layers: grid = join_maps([hf_grid(s, size, patch).movedim(-1, 1) for s in _states(out, layers)])
+        grid = hf_grid(out.last_hidden_state, size, patch)
+        summary = _summary(out, grid)
+        if layers: grid = join_maps([hf_grid(s, size, patch).movedim(-1, 1) for s in _states(model, out, layers)])
         return Features(summary, grid)
     return features
 
-def _states(out, layers):
+def _summary(out, grid):
+    states, pooled = out.last_hidden_state, getattr(out, 'pooler_output', None)
+    if pooled is not None:
+        if pooled.shape[:2].numel() == pooled.numel() and len(pooled) == len(grid): return pooled.flatten(1)
+        raise BadInput(f'what {type(out).__name__} calls pooled is not one vector for each image but '
+                       f'{tuple(pooled.shape)}: such a model cannot be a teacher by name')
+    if states.ndim == 3 and states.shape[1] > grid.shape[1]*grid.shape[2]: return states[:, 0]
+    return grid.mean((1, 2))
+
+def _states(model, out, layers):
     "The states behind some layers; the first of all lies before the first layer."
-    n = len(out.hidden_states) - 1
-    if wrong := [layer for layer in layers if not -n <= layer < n]:
-        raise BadInput(f'the model has no layer {wrong[0]}: it has 0 to {n - 1}')
-    return [out.last_hidden_state if layer in (-1, n - 1) else out.hidden_states[layer % n + 1] for layer in layers]
+    states = [*out.hidden_states[1:-1], out.last_hidden_state]
+    return [states[layer] for layer in layer_numbers(layers, len(states), model)]

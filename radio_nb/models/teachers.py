@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['Teacher', 'read_weights', 'load_strict', 'timm_model', 'open_clip_model', 'set_tower_size', 'hf_model',
-           'hf_normalization', 'own_seed', 'load_teacher']
+           'hf_normalization', 'load_teacher']
 
 # %% ../../nbs/models/05_teachers.ipynb #76ae8e25
-import hashlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
@@ -25,10 +24,10 @@ from torch import Tensor, nn
 
 from ..targets.features import Features
 from ..targets.bad_input import BadInput, reason, unknown
+from .randomness import own_seed
 from .specs import Spec, check_model_folder, check_weight_file, parse_spec
 from .zoo import CifarResNet, zoo_model
-from .feature_extraction import (clip_features, hf_features, layer_numbers, summary_kind, timm_features,
-                                                vision_part)
+from .feature_extraction import clip_features, hf_features, summary_kind, timm_features, vision_part
 
 # %% ../../nbs/models/05_teachers.ipynb #91b7506b
 class Teacher(nn.Module):
@@ -59,12 +58,13 @@ class Teacher(nn.Module):
         images:Tensor,                      # (B, 3, H, W) in [0, 1]
         size:tuple[int, int]|None=None,     # height and width at which it sees them; its own square by default
     )->Features:
-        "The teacher's features of a batch of images."
-        size = size or (self.size, self.size)
+        "The teacher's features of a batch of images. Raises `BadInput` for whole numbers."
+        size = tuple(size or (self.size, self.size))
+        if not images.is_floating_point(): raise BadInput(f'images must lie in [0, 1]: divide {images.dtype} by 255')
         with torch.inference_mode():
-            if images.shape[-2:] != size:
-                images = F.interpolate(images, size, mode='bilinear', antialias=True)
-            normalized = ((images - self.mean)/self.std).contiguous(memory_format=torch.channels_last)
+            images = images.float()
+            if images.shape[-2:] != size: images = F.interpolate(images, size, mode='bilinear', antialias=True)
+            normalized = ((images - self.mean)/self.std).to(self.mean.dtype, memory_format=torch.channels_last)
             summary, spatial = self.features(normalized)
         return Features(summary.float().clone(), spatial.float().clone())
 
@@ -75,8 +75,11 @@ class Teacher(nn.Module):
         height, width = size or (self.size, self.size)
         try: summary, spatial = self(torch.full((1, 3, height, width), .5, device=self.mean.device), (height, width))
         except BadInput: raise
-        except (AssertionError, RuntimeError, ValueError, IndexError) as e:
+        except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as e:
             raise BadInput(f'teacher {self.name} cannot see {height} × {width} pixels ({reason(e)})') from e
+        if summary.ndim != 2 or spatial.ndim != 4 or not len(summary) == len(spatial) == 1:
+            raise BadInput(f'teacher {self.name} gives a summary {tuple(summary.shape)} and a grid '
+                           f'{tuple(spatial.shape)} for one image, not (1, C) and (1, H, W, D)')
         return summary.shape[-1], spatial.shape[-1]
 
     def __repr__(self): return f'Teacher({self.name!r}, {self.size} px, summary: {self.summary_kind})'
@@ -152,12 +155,8 @@ def _from_cifar(spec, name):
     if not depth.isdigit(): raise BadInput(f'{name}: give the depth with the name, as in zoo:cifar-resnet56@PATH')
     if not spec.weights: raise BadInput(f'{name}: the zoo has no weights for it; give a file, zoo:{spec.name}@PATH')
     model = CifarResNet(int(depth))
-    layer_numbers(model, spec.layers)   # it has none to give
     if spec.weights != 'random': load_strict(model, read_weights(spec.weights), spec.weights)
-    def features(x):
-        spatial = model.grid(x)
-        return Features(spatial.mean((1, 2)), spatial)
-    return Teacher(name, model, features, spec.size or 32)
+    return Teacher(name, model, timm_features(model, spec.layers), spec.size or 32)
 
 # %% ../../nbs/models/05_teachers.ipynb #6735eec4
 @contextmanager
@@ -182,13 +181,18 @@ def _from_hub(name, create):
                            f'Without a network give a local file: {name.partition("#")[0]}@PATH') from e
 
 # %% ../../nbs/models/05_teachers.ipynb #0ea74929
+def _check_timm_name(name):
+    architecture, _, tag = name.partition('.')
+    if not timm.is_model(architecture): raise unknown('timm model', name, timm.list_models())
+    try: timm.get_pretrained_cfg(name)
+    except RuntimeError as e: raise unknown('timm model', name, timm.list_pretrained(f'{architecture}.*')) from e
+
 def timm_model(
     spec:Spec,  # with source 'timm'
     **kwargs,   # passed on to timm
 )->nn.Module:
     "A timm network without classifier, its weights from the hub, from a file or random."
-    if not timm.is_model(spec.name.partition('.')[0]):
-        raise unknown('timm model', spec.name, timm.list_models())
+    _check_timm_name(spec.name)
     if not spec.weights:
         def create(): return timm.create_model(spec.name, pretrained=True, num_classes=0, **kwargs)
         return _from_hub(f'timm:{spec.name}', create)
@@ -198,41 +202,45 @@ def timm_model(
 # %% ../../nbs/models/05_teachers.ipynb #d4554a6c
 def _size_options(spec):
     "With what timm must build a network so that it sees images of a size, and of other shapes where it can."
-    architecture = spec.name.partition('.')[0]
-    sized = {}
-    if spec.size and timm.is_model(architecture) and timm.get_pretrained_cfg(architecture).fixed_input_size:
-        sized = {'img_size': spec.size}
+    cfg = timm.get_pretrained_cfg(spec.name)   # None for a name from before timm renamed it
+    sized = {'img_size': spec.size} if spec.size and (cfg is None or cfg.fixed_input_size) else {}
     for options in ({**sized, 'dynamic_img_size': True}, sized):
         try:
             with torch.random.fork_rng(devices=[]), torch.device('meta'):  # costs neither memory nor random numbers
-                timm.create_model(architecture, num_classes=0, **options)
+                timm.create_model(spec.name, num_classes=0, **options)
             return options
-        except TypeError: continue                   # the architecture has no such option
-        except Exception: return options             # `timm_model` will say it better
+        except TypeError: continue         # the architecture has no such option
+        except Exception: return options   # `timm_model` will say it better
     return {}
 
 def _from_timm(spec, name):
-    if spec.weights not in ('', 'random') and _is_trunk(spec): return _from_trunk(spec, name)
-    try: model = timm_model(spec, **_size_options(spec))
+    _check_timm_name(spec.name)
+    weights = read_weights(spec.weights) if spec.weights not in ('', 'random') else {}
+    try: model, features = _trunk(spec, weights) if _is_trunk(spec.name, weights) else _whole(spec)
     except BadInput: raise
     except (AssertionError, ValueError, IndexError) as e:
         raise BadInput(f'teacher {name} cannot be built for {spec.size or "its own"} pixels ({reason(e)})') from e
     cfg = model.pretrained_cfg
     mean, std = _file_normalization(spec.weights) or (cfg['mean'], cfg['std'])
-    size = spec.size or cfg['input_size'][-1]
-    return Teacher(name, model, timm_features(model, spec.layers), size, mean, std, summary_kind(model))
+    return Teacher(name, model, features, spec.size or cfg['input_size'][-1], mean, std, summary_kind(model))
+
+def _whole(spec):
+    model = timm_model(spec, **_size_options(spec))
+    return model, timm_features(model, spec.layers)
+
 
 # %% ../../nbs/models/05_teachers.ipynb #d724089e
-def _is_trunk(spec):
-    "Whether the names in the file are those of a `features_only` network, not of the whole network."
-    weights = read_weights(spec.weights)
-    with torch.device('meta'): whole = timm.create_model(spec.name, num_classes=0).state_dict()
+def _is_trunk(name, weights):
+    "Whether the names of the weights are those of a `features_only` network, not of the whole network."
+    if not weights: return False
+    with torch.device('meta'): whole = timm.create_model(name, num_classes=0).state_dict()
     return not any(key in whole for key in weights) and any(key.replace('_', '.', 1) in whole for key in weights)
 
+
 # %% ../../nbs/models/05_teachers.ipynb #5b8398a8
-def _from_trunk(spec, name):
-    if spec.layers: raise BadInput(f'{name}: the file holds a trunk, whose grid is its last map: leave out the layers')
-    weights = read_weights(spec.weights)
+def _trunk(spec, weights):
+    if spec.layers:
+        raise BadInput(f'{spec.weights} holds a trunk, whose grid is its last map: leave out the layers of {spec.name}')
     layers = {key.rpartition('.')[0] for key in weights}
     with torch.device('meta'):  # shapes only: timm allocates 500 MB for a VGG before it is cut down to its trunk
         for stage in range(len(timm.create_model(spec.name, features_only=True).feature_info)):
@@ -242,9 +250,8 @@ def _from_trunk(spec, name):
     def features(x):
         spatial = model(x)[-1].movedim(1, -1)
         return Features(spatial.mean((1, 2)), spatial)
-    cfg = timm.get_pretrained_cfg(spec.name.partition('.')[0])
-    mean, std = _file_normalization(spec.weights) or (cfg.mean, cfg.std)
-    return Teacher(name, model, features, spec.size or cfg.input_size[-1], mean, std)
+    return model, features
+
 
 # %% ../../nbs/models/05_teachers.ipynb #40f56f67
 def _numbers(text):
@@ -273,8 +280,9 @@ def open_clip_model(
     arch, _, tag = spec.name.partition('/')
     name = f'open_clip:{spec.name}'
     if arch not in open_clip.list_models(): raise unknown('open_clip model', arch, open_clip.list_models())
+    tags = open_clip.list_pretrained_tags_by_model(arch)
+    if tag and tag not in tags: raise unknown(f'tag of {arch}', tag, tags)
     if not spec.weights and not tag:
-        tags = open_clip.list_pretrained_tags_by_model(arch)
         raise BadInput(f'{name}: name the weights, {name}/TAG; tags: {", ".join(tags)}')
     if not spec.weights: return _from_hub(name, lambda: open_clip.create_model(arch, pretrained=tag, **kwargs))
     model = open_clip.create_model(arch, **kwargs)
@@ -298,8 +306,21 @@ def _from_open_clip(spec, name):
     tower = model.visual
     if spec.size: set_tower_size(tower, spec.size, name)
     size = tower.image_size[0] if isinstance(tower.image_size, (tuple, list)) else tower.image_size
-    cfg = open_clip.get_model_preprocess_cfg(model)
-    return Teacher(name, tower, clip_features(tower, spec.layers), size, cfg['mean'], cfg['std'], 'CLIP embedding')
+    mean, std = _clip_normalization(spec, open_clip.get_model_preprocess_cfg(model))
+    return Teacher(name, tower, clip_features(tower, spec.layers), size, mean, std, 'CLIP embedding')
+
+def _clip_normalization(spec, own):
+    "What a file states, or its tag, or all tags of its architecture; of other weights what the model says itself."
+    import open_clip
+    if spec.weights in ('', 'random'): return own['mean'], own['std']
+    if stated := _file_normalization(spec.weights): return stated
+    arch, _, tag = spec.name.partition('/')
+    tags = [tag] if tag else open_clip.list_pretrained_tags_by_model(arch)
+    configs = [own | open_clip.get_pretrained_cfg(arch, tag) for tag in tags] or [own]
+    found = {(tuple(config['mean']), tuple(config['std'])) for config in configs}
+    if len(found) == 1: return found.pop()
+    raise BadInput(f'the weights of {arch} differ in the mean and std of their input: say which ones the file holds, '
+                   f'open_clip:{arch}/TAG@{spec.weights}; tags: {", ".join(tags)}')
 
 # %% ../../nbs/models/05_teachers.ipynb #b6dc955b
 def hf_model(
@@ -325,7 +346,7 @@ def hf_model(
 def hf_normalization(
     spec:Spec,
 )->tuple[tuple, tuple]:
-    "Mean and std of the normalized input, by channel. Raises `BadInput` where a model does not say them."
+    "Mean and std of the normalized input, by channel. Raises `BadInput` where a model does not say them or wants more."
     import transformers
     if spec.weights == 'random': return (.485, .456, .406), (.229, .224, .225)
     place, local = spec.weights or spec.name, bool(spec.weights)
@@ -333,15 +354,19 @@ def hf_normalization(
     except (OSError, ValueError) as e:
         raise BadInput(f'{place} does not say how its images are normalized ({reason(e)}): '
                        'put its preprocessor_config.json beside config.json') from e
-    if not processor.do_normalize: return (0.,)*3, (1.,)*3
-    return tuple(processor.image_mean), tuple(processor.image_std)
+    for more in ('do_flip_channel_order', 'rescale_offset', 'include_top'):
+        if getattr(processor, more, False):
+            raise BadInput(f'{place} changes its images in a way of its own ({more}): it cannot be a teacher by name')
+    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ((0.,)*3, (1.,)*3)
+    white = 255*processor.rescale_factor if processor.do_rescale else 255.   # what it makes of 1
+    return tuple(x/white for x in mean), tuple(x/white for x in std)
 
 # %% ../../nbs/models/05_teachers.ipynb #5aea324c
 def _hf_summary(model, part):
     "What the summary of a vision model of transformers is."
-    if hasattr(model, 'get_image_features'): return 'CLIP embedding'
+    if hasattr(model, 'get_text_features'): return 'CLIP embedding'
     if getattr(part, 'pooler', True) is None: return 'class token'
-    return 'average' if type(part).__name__ == 'SamVisionEncoder' else 'pooled'
+    return 'average' if type(part).__name__.startswith('Sam') else 'pooled'
 
 def _from_hf(spec, name):
     if importlib.util.find_spec('transformers') is None:
@@ -356,16 +381,6 @@ def _from_hf(spec, name):
     size = spec.size or (own[0] if isinstance(own, (list, tuple)) else own)
     return Teacher(name, model, hf_features(model, spec.layers), size, mean, std, _hf_summary(model, part))
 
-# %% ../../nbs/models/05_teachers.ipynb #c16275e1
-@contextmanager
-def own_seed(
-    text:str,  # what the seed is made from
-)->Iterator[None]:
-    "Within it torch draws on the CPU what it always draws for this text; afterwards it goes on as before."
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(int(hashlib.sha256(text.encode()).hexdigest()[:15], 16))
-        yield
-
 # %% ../../nbs/models/05_teachers.ipynb #975dd670
 def load_teacher(
     spec:str|nn.Module,                             # see `parse_spec`; or a network
@@ -379,7 +394,7 @@ def load_teacher(
     if isinstance(spec, nn.Module):
         if features is None: raise BadInput('your own network needs features=…, a function from images to Features')
         return Teacher(name or type(spec).__name__, spec, features, size, **options)
-    parsed = parse_spec(spec)
+    parsed = parse_spec(spec)   # not `check_spec`, which does not know networks that a program adds to timm
     if parsed.source == 'python':
         raise BadInput(f'{spec} is an object that was handed over in Python: hand it over again, as in '
                        f'radio_nb.Run(folder, Inputs(teachers={{{parsed.name!r}: network}}))')

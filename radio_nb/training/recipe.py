@@ -222,8 +222,9 @@ def teacher_names(
     if len(set(specs)) < len(specs): raise BadInput(f'a teacher is listed twice: {", ".join(specs)}')
     def short(spec):
         parsed = parse_spec(spec)
-        if parsed.weights == 'random': return f'{parsed.name}@random'   # so that no table hides it
-        return Path(parsed.weights).stem if parsed.weights else parsed.name
+        layers = parsed.output().removeprefix(parsed.architecture())
+        if parsed.weights == 'random': return f'{parsed.name}{layers}@random'   # so that no table hides it
+        return (Path(parsed.weights).stem if parsed.weights else parsed.name) + layers
     names = [short(spec) for spec in specs]
     return {short if names.count(short) == 1 else spec: spec for short, spec in zip(names, specs)}
 
