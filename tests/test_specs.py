@@ -26,7 +26,8 @@ def test_a_variable_of_the_shell_that_was_empty_does_not_become_the_weights_of_t
 
 
 def test_untrained_teachers_are_known_as_such():
-    assert is_random('zoo:cifar-resnet20@random#32') and not is_random('timm:random') and not is_random('python:random')
+    assert is_random('timm:cifar_resnet20@random#32')
+    assert not is_random('timm:random') and not is_random('python:random')
 
 
 @pytest.mark.parametrize('name, meant', [

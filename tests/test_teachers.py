@@ -23,7 +23,7 @@ PIXELS = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
 def state(): return timm.create_model('test_resnet', num_classes=0).state_dict()
 
 
-@pytest.mark.parametrize('spec', ['timm:test_vit@random#64', 'zoo:cifar-resnet20@random', 'open_clip:ViT-S-32@random'])
+@pytest.mark.parametrize('spec', ['timm:test_vit@random#64', 'timm:cifar_resnet20@random', 'open_clip:ViT-S-32@random'])
 def test_an_untrained_teacher_is_the_same_one_whenever_it_is_loaded(spec):
     "Row 3: it was drawn again for the evaluation."
     before = torch.get_rng_state()
@@ -36,7 +36,7 @@ def test_an_untrained_teacher_is_the_same_one_whenever_it_is_loaded(spec):
 
 
 def test_two_untrained_teachers_differ():
-    one, other = (load_teacher(f'zoo:cifar-resnet{depth}@random') for depth in (20, 32))
+    one, other = (load_teacher(f'timm:cifar_resnet{depth}@random') for depth in (20, 32))
     assert not torch.equal(one.model.conv1.weight, other.model.conv1.weight)
 
 

@@ -137,7 +137,7 @@ def check_spec(
     "Take a spec apart. Raises `BadInput` for its form, for an unknown model and for a missing weight file."
     parsed = parse_spec(spec)
     zoo = [full.removeprefix('zoo:') for full in TEACHERS if full.startswith('zoo:')]
-    if parsed.source == 'zoo' and parsed.name not in zoo and not parsed.name.startswith('cifar-resnet'):
+    if parsed.source == 'zoo' and parsed.name not in zoo:
         raise unknown('zoo model', parsed.name, zoo)
     if parsed.source == 'hf' and find_spec('transformers') is None:
         raise BadInput(f"{spec} needs transformers, which is not installed: pip install 'radio_nb[transformers]'")

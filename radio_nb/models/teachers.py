@@ -26,7 +26,7 @@ from ..targets.features import Features
 from ..targets.bad_input import BadInput, reason, unknown
 from .randomness import own_seed
 from .specs import Spec, check_model_folder, check_weight_file, parse_spec
-from .zoo import CifarResNet, zoo_model
+from .zoo import zoo_model
 from .feature_extraction import clip_features, hf_features, summary_kind, timm_features, vision_part
 
 # %% ../../nbs/models/05_teachers.ipynb #91b7506b
@@ -140,7 +140,6 @@ def load_strict(
 
 # %% ../../nbs/models/05_teachers.ipynb #4744133b
 def _from_zoo(spec, name):
-    if spec.name.startswith('cifar-resnet'): return _from_cifar(spec, name)
     zoo = zoo_model(spec.name)
     if spec.weights:
         raise BadInput(f'{name}: zoo models come with their weights; for your own file use timm:NAME@{spec.weights}')
@@ -148,15 +147,6 @@ def _from_zoo(spec, name):
     own = None if spec.layers else getattr(model, 'features', None)
     features = own or timm_features(model, spec.layers)
     return Teacher(name, model, features, spec.size or zoo.size, zoo.mean, zoo.std)
-
-# %% ../../nbs/models/05_teachers.ipynb #2662691c
-def _from_cifar(spec, name):
-    depth = spec.name.removeprefix('cifar-resnet')
-    if not depth.isdigit(): raise BadInput(f'{name}: give the depth with the name, as in zoo:cifar-resnet56@PATH')
-    if not spec.weights: raise BadInput(f'{name}: the zoo has no weights for it; give a file, zoo:{spec.name}@PATH')
-    model = CifarResNet(int(depth))
-    if spec.weights != 'random': load_strict(model, read_weights(spec.weights), spec.weights)
-    return Teacher(name, model, timm_features(model, spec.layers), spec.size or 32)
 
 # %% ../../nbs/models/05_teachers.ipynb #6735eec4
 @contextmanager
