@@ -1,5 +1,6 @@
 "What several tests share: a small run of the command line, made once."
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
+signal.signal(signal.SIGHUP, signal.SIG_DFL)   # under nohup it would be ignored, by the runs in these tests too
 os.environ['OMP_NUM_THREADS'] = '1'   # of all processes: runs compared to the last bit must add up in one order
 
 SMALL = ['--teachers', 'zoo:u2netp#64', '--size', '64', '--steps', '6', '--statistics-steps', '2', '--batch-size', '4',

@@ -136,6 +136,17 @@ def test_timm_is_refused_what_it_does_not_know(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ['config.json', 'student.safetensors']
 
 
+def test_a_network_that_timm_has_from_elsewhere_leaves_in_the_formats_that_need_no_timm(tmp_path):
+    student = saved(tmp_path, 'cifar_resnet8')
+    for format in ('timm', 'transformers'):
+        with pytest.raises(BadInput, match='cifar_resnet8 is not part of timm but of radio_nb: choose --format onnx'):
+            export_student(tmp_path, format)
+    program = torch.export.load(export_student(tmp_path, 'torch-export').path).module()
+    images = torch.rand(3, 3, 32, 48)
+    with torch.no_grad(): found = program(images)
+    for name, own in outputs(student, images).items(): assert_close(found[name], own, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize('format', FORMATS)
 def test_half_precision_halves_the_file(format, tmp_path):
     [pytest.importorskip(name) for name in FORMATS[format].needs]

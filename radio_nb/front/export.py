@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOLERANCE', 'HALF_TOLERANCE', 'TRIALS', 'FORMATS', 'difference', 'checked', 'Format', 'output_names', 'TorchExport',
-           'Onnx', 'timm_arguments', 'timm_weights', 'Timm', 'strides', 'mean_and_std', 'transformers_config',
+           'Onnx', 'check_in_timm', 'timm_arguments', 'timm_weights', 'Timm', 'mean_and_std', 'transformers_config',
            'quiet_transformers', 'Transformers', 'Exported', 'last_size', 'put', 'remove', 'write_checked',
            'export_student']
 
@@ -140,6 +140,14 @@ class Onnx(Format):
                 "grid, = session.run(['backbone.spatial'], {'images': images})")
 
 # %% ../../nbs/front/08_export.ipynb #0c7ca021
+def check_in_timm(backbone:Backbone):
+    "Raise `BadInput` for a network that another package has registered with timm: whoever opens the file lacks it."
+    for name in filter(None, (backbone.architecture, backbone.stem)):
+        home = timm.model_entrypoint(name).__module__
+        if home.partition('.')[0] != 'timm':
+            raise BadInput(f'{name} is not part of timm but of {home.partition(".")[0]}: choose --format onnx '
+                           'or torch-export')
+
 def timm_arguments(
     backbone:Backbone,
     size:tuple[int, int], # of the images in pixels, height and width
@@ -177,6 +185,7 @@ class Timm(Format):
     name, file, sized, installed = 'timm', 'student.timm.safetensors', True, 'timm pillow'
 
     def write(self, path:Path):
+        check_in_timm(self.backbone)
         arguments = timm_arguments(self.backbone, self.size)
         names = list(timm.create_model(self.backbone.architecture, **arguments).state_dict())
         weights = timm_weights(self.backbone, self.size, names)
@@ -207,17 +216,13 @@ class Timm(Format):
     def usage(self, path:Path)->str:
         own, mean, std = self.backbone, *mean_and_std(self.backbone)
         arguments = ', '.join(f'{name}={value!r}' for name, value in timm_arguments(own, self.size).items())
-        last = (f'maps = model(images)   # with strides of {strides(own)} pixels' if isinstance(own, Pyramid) else
+        last = (f'maps = model(images)   # with strides of {own.stages.strides} pixels' if isinstance(own, Pyramid) else
                 f'grid = model.forward_features(images)[:, {own.prefix.shape[1]}:]   # summary: [:, :{own.n_class}]')
         return ('import timm, torch\nfrom torchvision.transforms.functional import normalize, to_tensor\n'
                 f'{self.photo("" if isinstance(own, Pyramid) else "no other size")}'
                 f'images = normalize(to_tensor(image), {mean}, {std})[None]\n'
                 f'model = timm.create_model({own.architecture!r}, checkpoint_path={str(path)!r}, {arguments}).eval()\n'
                 f'with torch.no_grad(): {last}')
-
-def strides(backbone:Pyramid)->list[int]: # in pixels, from fine to coarse
-    "Of its stages."
-    return [backbone.patch//n for n in range(len(backbone.stages.channels), 0, -1)]
 
 def mean_and_std(backbone:Backbone)->tuple[list[float], list[float]]: # by channel
     "What images are normalized with."
@@ -227,9 +232,9 @@ def mean_and_std(backbone:Backbone)->tuple[list[float], list[float]]: # by chann
 def transformers_config(backbone:Backbone)->dict[str, Any]: # for `StudentConfig`
     "What transformers is to build a backbone from."
     common = dict(architecture=backbone.architecture, summaries=backbone.n_class, hidden_size=backbone.dim,
-                  size_divisor=backbone.patch)
-    if isinstance(backbone, Pyramid): return common | dict(strides=strides(backbone), patch_size=strides(backbone)[0])
-    return common | dict(stem=backbone.stem, depth=len(backbone.blocks), patch_size=backbone.patch,
+                  patch_size=backbone.stride, size_divisor=backbone.patch)
+    if isinstance(backbone, Pyramid): return common | dict(strides=list(backbone.stages.strides))
+    return common | dict(stem=backbone.stem, depth=len(backbone.blocks),
                          registers=backbone.prefix.shape[1] - backbone.n_class,
                          position_side=backbone.positions.table.shape[-1])
 
@@ -249,6 +254,7 @@ class Transformers(Format):
     needs, extra, installed = ('transformers',), 'transformers', 'transformers timm pillow'
 
     def write(self, path:Path):
+        check_in_timm(self.backbone)
         from transformers import ViTImageProcessor
         from radio_nb.models.modeling_student import StudentConfig, StudentModel
         model = StudentModel(StudentConfig(**transformers_config(self.backbone), auto_map={

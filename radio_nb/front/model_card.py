@@ -10,7 +10,6 @@ import re
 from pathlib import Path
 
 from ..models.specs import TEACHERS, parse_spec
-from ..models.backbones import Pyramid
 from ..models.student import Student
 from ..data.files import atomic_write
 from ..training.recipe import recipe_toml, teacher_names
@@ -61,7 +60,6 @@ def model_card(
     free = not any(map(is_non_commercial, licences.values()))
     own, config = student.backbone, student.config
     stem = f' with a stem of {own.stem}' if own.stem else ''
-    stride = own.patch//len(own.stages.channels) if isinstance(own, Pyramid) else own.patch
     millions = sum(p.numel() for p in own.parameters())/1e6
     return '\n\n'.join([
         f'---\nlibrary_name: {library}\npipeline_tag: image-feature-extraction\n'
@@ -69,7 +67,7 @@ def model_card(
         MARK, f'# {Path(folder).resolve().name}',
         f'One {own.architecture}{stem} ({millions:.1f} M parameters) that learned to give the features of the teachers '
         f'below, from images whose sides are multiples of {own.patch} pixels. Its grid has a position for every '
-        f'{stride} pixels, its own vectors have {own.dim} channels.',
+        f'{own.stride} pixels, its own vectors have {own.dim} channels.',
         '## Teachers and licences', licence_words(list(licences.values())),
         _markdown_table(['teacher', 'spec', 'summary', 'grid', 'licence of its weights'],
                         [[name, specs.get(name, 'unknown'), *config['teachers'][name], licence]

@@ -62,7 +62,7 @@ class Stages(nn.Module):
             raise BadInput(f'{network.architecture} has no stage of stride {" and ".join(map(str, wanted))}: '
                            f'its strides are {known}')
         last = {stage['reduction']: (i, stage['num_chs']) for i, stage in enumerate(network.model.feature_info)}
-        self.indices, self.channels = zip(*(last[stride] for stride in wanted))
+        self.strides, (self.indices, self.channels) = wanted, zip(*(last[stride] for stride in wanted))
         network.model.prune_intermediate_layers(list(self.indices), prune_norm=True, prune_head=True)
         # channels last in memory, for which convolutions are faster
         self.model = network.model.to(memory_format=torch.channels_last)
