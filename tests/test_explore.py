@@ -6,7 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from radio_nb.front.explore import cloud_between, clouds, packed, similarity, similarity_html, unpacked
+from radio_nb.front.explore import (cloud_between, clouds, packed, similarity, similarity_figure, similarity_html,
+                                      unpacked)
 
 pytest.importorskip('ipywidgets')
 pytest.importorskip('anywidget')
@@ -84,3 +85,10 @@ def test_names_and_broken_features_do_no_harm_in_a_page():
     part = similarity_html([Image.new('RGB', (20, 20))], {evil: grids}, {evil: grids})
     assert evil not in part and '<img src=x' not in part
     assert json.loads(part.partition('application/json">')[2].partition('</script>')[0])['teachers'] == [evil]
+
+
+def test_no_trace_that_is_clicked_on_is_deaf():
+    "A browser sends no click from a trace whose `hoverinfo` is 'skip'; the mark of the place lets it through."
+    figure = similarity_figure(torch.rand(3, 16, 16), {'a': torch.rand(4, 4)}, (.5, .5))
+    deaf = [trace.type for trace in figure.data if trace.hoverinfo == 'skip']
+    assert 'image' not in deaf and 'heatmap' not in deaf

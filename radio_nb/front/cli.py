@@ -31,9 +31,10 @@ from ..training.recipe import Recipe, check_names, read_recipe, recipe_toml
 from ..evaluation.scores import SUITES, EvalData, check_eval_data, score_table
 
 # %% ../../nbs/front/09_cli.ipynb #e71a0228
-DEMO = Recipe(images='zoo:photos', out='runs/demo', stem='zoo:efficientnet-lite0', depth=6,
-              teachers=('zoo:efficientnet-lite0#160', 'zoo:efficientnet-lite2#160', 'zoo:u2netp#128'),
-              size=160, head_width=512, steps=240, batch_size=8, statistics_steps=16, hold_out=8)
+DEMO = Recipe(images='zoo:photos', out='runs/demo', stem='zoo:efficientnet-lite0', depth=4,
+              teachers=('zoo:efficientnet-lite2/-2#160', 'zoo:efficientnet-lite2/-3#80', 'zoo:u2netp#128'),
+              summary_weights=(0., 0., 1.), size=160, head_width=512, steps=360, batch_size=8, statistics_steps=16,
+              hold_out=8)
 
 # %% ../../nbs/front/09_cli.ipynb #edc1cece
 def as_flags(values:dict)->list[str]:
@@ -50,11 +51,13 @@ def expand(
 )->list[str]:       # with the flags that `demo` or `--recipe FILE` stand for
     "Put the flags of a preset or a recipe file before those that were typed."
     if args[:1] != ['distill']: return args
-    values = vars(DEMO) if 'demo' in args[1:2] else {}
+    typed = {arg.partition('=')[0] for arg in args}
+    values = dict(vars(DEMO)) if 'demo' in args[1:2] else {}
+    if '--teachers' in typed: values.pop('summary_weights', None)   # of the demo's own teachers
     for flag, value in zip(args, [*args[1:], '']):
         if flag == '--recipe': values = read_recipe(Path(value))
         if flag.startswith('--recipe='): values = read_recipe(Path(flag[9:]))
-    if values.get('stages') and any(arg.partition('=')[0] == '--steps' for arg in args):
+    if values.get('stages') and '--steps' in typed:
         raise BadInput('--steps: the stages of the recipe say how many; change them in the file')
     return ['distill', *as_flags(values), *args[1:]]
 

@@ -42,7 +42,8 @@ def similarity_figure(
     fig = make_subplots(1, 1 + len(maps), subplot_titles=['image', *map(plain, maps)], horizontal_spacing=.03)
     colours = (255*image.clamp(0, 1)).round().byte().movedim(0, -1).cpu().numpy()
     (h, w), first = colours.shape[:2], dict(row=1, col=1)
-    fig.add_trace(go.Image(z=colours, x0=.5/w, dx=1/w, y0=.5/h, dy=1/h, hoverinfo='skip'), **first)
+    # 'none', not 'skip': a trace that is skipped knows nothing of clicks
+    fig.add_trace(go.Image(z=colours, x0=.5/w, dx=1/w, y0=.5/h, dy=1/h, hoverinfo='none'), **first)
     for i, values in enumerate(maps.values(), 2):
         rows, columns = values.shape
         fig.add_trace(go.Heatmap(z=values.cpu().numpy(), x0=.5/columns, dx=1/columns, y0=.5/rows, dy=1/rows,

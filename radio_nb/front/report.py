@@ -220,7 +220,8 @@ def refresh_report(out:Path):
 EXPLANATION = ('Explained is the share of the variance of a teacher\'s grid of features that the student predicts, '
                'in the teacher\'s own space: 1 is perfect, and no constant gets above 0. Untrained is the same student '
                'before its first step; constant is the mean of the training images. The cosines compare directions '
-               'only, and are high for a constant too where a teacher\'s features have a large mean.')
+               'only, and are high for a constant too where a teacher\'s features have a large mean. A dash stands for '
+               'what the student was not asked to learn.')
 
 def attempt(what:str, make:Callable[[], list[str]])->list[str]: # what: the part of the page that `make` gives
     "A part of the page, or a sentence where it cannot be made."
