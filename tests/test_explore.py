@@ -6,12 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-from radio_nb.front.explore import (cloud_between, clouds, packed, similarity, similarity_figure, similarity_html,
-                                      unpacked)
+from radio_nb.front.explore import cloud_between, clouds, packed, similarity, similarity_html, unpacked
 
 pytest.importorskip('ipywidgets')
 pytest.importorskip('anywidget')
-from radio_nb.front.explore import NormalizerExplorer, SimilarityExplorer  # noqa: E402
+from radio_nb.front.explore import NormalizerExplorer, SimilarityExplorer, similarity_figure  # noqa: E402
 
 
 @pytest.fixture
