@@ -122,6 +122,12 @@ def test_recipe_files(refused, tmp_path, capsys):
     assert '--steps: the stages of the recipe say' in refused('distill', '--recipe', recipe, '--steps', 3)   # BOM, too
 
 
+def test_a_name_that_would_steer_the_terminal_is_shown_and_not_obeyed(refused, tmp_path):
+    "Python and editors break lines at these characters, too (found by the fuzzer)."
+    said = refused('distill', *SMALL, '--out', tmp_path/'run', '--init', 'a\x1cb\x85c\n\x1b[2Jd')
+    assert r'a\x1cb\x85c\n\x1b[2Jd' in said
+
+
 @pytest.mark.parametrize('flag, value', [
     ('size', 0), ('size', -64), ('lr', 0), ('lr', 'nan'), ('lr', 'inf'), ('lr', 1e112), ('warmup', 1), ('warmup', -.1),
     ('clip', 0), ('clip', -1), ('weight-decay', -1), ('spatial-weights', -1), ('hold-out', -1), ('keep', 0),

@@ -24,7 +24,7 @@ from typing import Annotated, Literal
 import tyro
 
 import radio_nb
-from ..targets.bad_input import BadInput
+from ..targets.bad_input import BadInput, one_line
 from ..models.specs import TEACHERS, check_spec, parse_spec
 from ..data.files import Progress, Stopped, atomic_write, signals_interrupt, stop_flag
 from ..training.recipe import Recipe, check_names, read_recipe, recipe_toml
@@ -392,7 +392,7 @@ def explained(error:Exception)->str: # '' where it cannot be helped
 
 def leave(message:str, code:int):
     "Print one line and exit."
-    print(f'radio-nb: {message}', file=sys.stderr)
+    print(f'radio-nb: {one_line(message)}', file=sys.stderr)
     sys.exit(code)
 
 def main(args:list[str]|None=None):
