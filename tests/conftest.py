@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
-signal.signal(signal.SIGHUP, signal.SIG_DFL)   # under nohup it would be ignored, by the runs in these tests too
+signal.signal(signal.SIGHUP, signal.SIG_DFL)   # a shell that runs the tests in the background has them ignore these
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ['OMP_NUM_THREADS'] = '1'   # of all processes: runs compared to the last bit must add up in one order
 
 SMALL = ['--teachers', 'zoo:u2netp#64', '--size', '64', '--steps', '6', '--statistics-steps', '2', '--batch-size', '4',
