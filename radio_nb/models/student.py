@@ -190,8 +190,8 @@ class Student(Pictures, Pretrained):
         self.summary_heads = nn.ModuleList(Head(dim, hidden, teachers[name][0], head_blocks) for name in self.summaries)
         self.spatial_heads = nn.ModuleList(Head(dim, hidden, width, head_blocks) for _, width in teachers.values())
         self.neck = neck if neck is not None else nn.Identity()
-        self.config = dict(backbone=self.backbone.architecture, teachers=teachers, stem=self.backbone.stem, stride=stride,
-                           head_width=hidden, drop=drop, depth=depth, head_blocks=head_blocks, windows=list(windows))
+        self.config = dict(backbone=self.backbone.architecture, teachers=teachers, stem=self.backbone.stem, drop=drop,
+                           head_width=hidden, depth=depth, head_blocks=head_blocks, windows=[*windows], stride=stride)
         self.heads_only = False  # set it, and only the heads (and the neck) learn
 
     def forward(self,
