@@ -297,6 +297,7 @@ DAMAGES = [('spatial.npy', cut), ('summary.npy', cut), ('checksum.npy', cut), ('
            ('key.json', lambda f: f.write_text('[]')),
            ('key.json', lambda f: f.write_bytes(b'\xff\xfe')), ('checksum.npy', lambda f: f.write_bytes(b'')),
            ('spatial.npy', lambda f: f.write_bytes(b'PK\x03\x04 of another program')),
+           ('checksum.npy', lambda f: f.write_bytes(f.read_bytes().replace(b'), }', b'+, }'))),   # a bit of its header
            ('summary.npy', lambda f: np.save(f, np.zeros((21, 64)))), ('summary.npy', lambda f: np.save(f, 'text'))]
 
 

@@ -11,9 +11,10 @@ import torch
 from conftest import radio_nb
 from PIL import Image
 
+from radio_nb.data.files import read_json, write_json
 from radio_nb.data.images import open_images
 from radio_nb.evaluation.compare import compare_runs
-from radio_nb.evaluation.scores import Score, save_scores
+from radio_nb.evaluation.scores import Score, load_scores, save_scores
 from radio_nb.front.evaluate import comparison_page, open_recipe
 from radio_nb.front.report import (
     loss_warnings,
@@ -185,9 +186,20 @@ def test_lost_information_is_named(mine, ready):
                                   '{"new crops": {"student": {"a": 3}}}'])
 def test_a_damaged_match_names_the_cure(mine, text):
     (mine/'match.json').write_text(text)
-    with pytest.raises(BadInput, match=r'match.json is damaged \(\w+\): delete it, and it is made'): load_match(mine)
+    with pytest.raises(BadInput, match=r'match.json is damaged \(.+\): delete it, and it is made'): load_match(mine)
     (mine/'match.json').unlink()
     assert load_match(mine) is None
+
+
+@pytest.mark.parametrize('name, read', [('match.json', load_match), ('evaluation.json', load_scores)])
+def test_a_number_that_a_disk_has_changed_is_not_shown(mine, name, read):
+    if name == 'evaluation.json': save_scores(mine, [Score('student', 'knn', .25, 3, 3)])
+    before, text = read(mine), (mine/name).read_text()
+    at = next(i for i, c in enumerate(text) if c in '123456' and text[i-1] == '.')
+    (mine/name).write_text(text[:at] + chr(ord(text[at]) ^ 1) + text[at+1:])   # one bit
+    with pytest.raises(BadInput, match=f'{name} is damaged .its checksum is another'): read(mine)
+    (mine/name).write_text(text)
+    assert read(mine) == before
 
 
 class Scripts(HTMLParser):
@@ -208,9 +220,9 @@ EVIL = '"><img src=x onerror=alert(1)><script>alert(1)</script><b>'
 def dressed_pages(original, ready, run, name, images):
     "The report of a copy of a run whose teacher, images and folder are called otherwise, and a comparison."
     shutil.copytree(original, run)
-    for file in ('metrics.jsonl', 'match.json'):
-        text = (run/file).read_text().replace('"u2netp"', json.dumps(name))
-        (run/file).write_text(text)
+    def renamed(text): return text.replace('"u2netp"', json.dumps(name))
+    (run/'metrics.jsonl').write_text(renamed((run/'metrics.jsonl').read_text()))
+    write_json(run/'match.json', json.loads(renamed(json.dumps(read_json(run/'match.json')))))
     (run/'skipped.json').write_text(json.dumps({images: images}))
     save_scores(run, [Score(name, f'knn, {name}', .5, 4, 9, 'knn', images)])
     named = dict(teachers=(f'timm:test_vit@{name}',), images=images, trackers=(name,), out=str(run))

@@ -6,14 +6,13 @@
 __all__ = ['SUITES', 'Score', 'EvalData', 'check_eval_data', 'merged', 'load_scores', 'save_scores', 'score_table']
 
 # %% ../../nbs/evaluation/06_scores.ipynb #d207b954
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from ..targets.bad_input import BadInput
-from ..data.files import atomic_write, lock
+from ..data.files import lock, read_json, write_json
 
 # %% ../../nbs/evaluation/06_scores.ipynb #dbbf3e8f
 class Score(NamedTuple):
@@ -79,9 +78,10 @@ def load_scores(
     "The scores in a run's `evaluation.json`. Raises `BadInput` where it cannot be read."
     path = Path(out)/'evaluation.json'
     if not path.exists(): return []
-    try: return [Score(**score) for score in json.loads(path.read_text())['scores']]
-    except (ValueError, KeyError, TypeError) as e:
-        raise BadInput(f'{path} is damaged ({e}): remove it and evaluate again') from e
+    cure = 'remove it and evaluate again'
+    found = read_json(path, cure)
+    try: return [Score(**score) for score in found['scores']]
+    except (KeyError, TypeError) as e: raise BadInput(f'{path} is damaged ({e}): {cure}') from e
 
 def save_scores(
     out:Path,           # folder of a run
@@ -90,8 +90,7 @@ def save_scores(
     "Add scores to a run's `evaluation.json`."
     with lock(Path(out)/'evaluation.lock', str(out), wait=print):   # two may evaluate one run
         everything = merged(load_scores(out), scores)
-        lines = ',\n'.join(json.dumps(score._asdict(), ensure_ascii=False) for score in everything)
-        atomic_write(Path(out)/'evaluation.json', f'{{"scores": [\n{lines}\n]}}\n')
+        write_json(Path(out)/'evaluation.json', {'scores': [score._asdict() for score in everything]})
     return everything
 
 # %% ../../nbs/evaluation/06_scores.ipynb #f9339689

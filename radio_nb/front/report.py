@@ -24,9 +24,9 @@ from torch import Tensor
 from ..targets.bad_input import BadInput
 from ..models.student import Student
 from ..data.crops import Crops, centre_crop, image_batches, resize
-from ..data.files import atomic_write
+from ..data.files import atomic_write, read_json
 from ..training.recipe import Recipe, recipe_toml
-from ..training.run_folder import read_json, read_metrics
+from ..training.run_folder import read_metrics
 from ..training.train import Prepared
 from ..evaluation.scores import Score, load_scores, score_table
 from .explore import similarity_html

@@ -28,9 +28,9 @@ from ..models.teachers import Teacher, timm_features
 from ..models.tensor_files import load_tensors
 from ..data.images import UNDECODED, only_images
 from ..data.crops import random_crop
-from ..data.files import in_notebook
+from ..data.files import in_notebook, read_json
 from ..training.recipe import Recipe, difference, read_recipe
-from ..training.run_folder import check_inputs, finished, read_json, read_metrics, recipe_of
+from ..training.run_folder import check_inputs, finished, read_metrics, recipe_of
 from ..training.train import NOTHING, Callbacks, Inputs, Prepared, TrainingRun, fingerprints, ignore
 from ..training.train import prepare, run_recipe
 from .pictures import html_table, loss_curves

@@ -7,7 +7,6 @@ __all__ = ['MATCH_HEADER', 'readable', 'at_size', 'match_on_crops', 'learned_fro
            'load_match', 'match_rows', 'text_table', 'start_folder', 'located']
 
 # %% ../../nbs/front/02_run_match.ipynb #c341f244
-import json
 from collections.abc import Callable
 from math import nan
 from pathlib import Path
@@ -22,7 +21,7 @@ from ..models.student import Student, fold_heads
 from ..data.images import Unreadable, decode
 from ..data.crops import Crops, centre_crop, image_batches, resize
 from ..data.streams import StreamedCrops, crop_stream
-from ..data.files import Progress, atomic_write
+from ..data.files import Progress, read_json, write_json
 from ..training.recipe import Recipe, teacher_weights
 from ..training.statistics import load_normalizers, statistics_file
 from ..training.train import Prepared, last_normalizers, new_student
@@ -108,19 +107,19 @@ def match_run(
     match = {}
     for what, (crops, n) in sets.items():
         match[what] = without_grids(match_on_crops(students, ready, crops, n, what), only_summaries)
-    atomic_write(out/'match.json', json.dumps(match, indent=2))
+    write_json(out/'match.json', match)
     return match
 
 def load_match(out:Path)->dict|None: # None where there is none yet
     "The match in a run's `match.json`. Raises `BadInput` where it cannot be read."
     path = Path(out)/'match.json'
     if not path.exists(): return None
-    try:
-        match = json.loads(path.read_text(encoding='utf-8'))
-        match_rows(match)
-        return match
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
-        raise BadInput(f'{path} is damaged ({type(e).__name__}): delete it, and it is made again') from e
+    cure = 'delete it, and it is made again'
+    match = read_json(path, cure)
+    try: match_rows(match)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise BadInput(f'{path} is damaged ({type(e).__name__}): {cure}') from e
+    return match
 
 # %% ../../nbs/front/02_run_match.ipynb #b78dc52d
 MATCH_HEADER = ['teacher', 'images', 'explained', 'untrained', 'constant', 'grid cosine', 'summary cosine']

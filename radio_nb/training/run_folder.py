@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['checkpoints', 'save_checkpoint', 'load_checkpoint', 'finished', 'begun', 'recipe_of', 'check_folder', 'folder_lock',
-           'check_inputs', 'read_json', 'forget_statistics', 'read_metrics', 'metrics_file', 'where_it_stands']
+           'check_inputs', 'forget_statistics', 'read_metrics', 'metrics_file', 'where_it_stands']
 
 # %% ../../nbs/training/01_run_folder.ipynb #6f496b2d
 import json
@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ..targets.bad_input import BadInput
-from ..data.files import atomic_write, lock
+from ..data.files import atomic_write, lock, read_json
 from .recipe import Recipe, difference, parse_recipe, read_recipe
 
 # %% ../../nbs/training/01_run_folder.ipynb #cbc6a686
@@ -136,13 +136,6 @@ def check_inputs(out:Path, inputs:dict[str, str]): # by what it is, a fingerprin
         if before.get(what, fingerprint) != fingerprint:
             raise BadInput(f'{what} changed since the run in {out} began: put back what was there, '
                            'or choose another --out')
-
-def read_json(path:Path)->dict:
-    "What a JSON file of a run holds. Raises `BadInput` where it is not whole."
-    try: found = json.loads(path.read_text(encoding='utf-8'))
-    except (ValueError, OSError) as e: found = e
-    if isinstance(found, dict): return found
-    raise BadInput(f'{path} is damaged ({found}): put back a copy, or delete it to go on without it')
 
 def forget_statistics(out:Path):
     "Remove what was measured for another recipe, or of other ingredients, in a run that has learned nothing yet."

@@ -8,7 +8,6 @@ __all__ = ['SAMPLE', 'Statistics', 'measure', 'sample_positions', 'merge_ranks',
            'load_normalizers', 'fit_teacher', 'load_cifd_loss']
 
 # %% ../../nbs/training/05_statistics.ipynb #d8153081
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from math import ceil
@@ -33,7 +32,7 @@ from ..models.teachers import Teacher
 from ..models.tensor_files import load_tensors, save_tensors
 from ..data.crops import Batch, Crops, image_batches, random_crop
 from ..data.streams import StreamedCrops, crop_stream
-from ..data.files import Progress, atomic_write
+from ..data.files import Progress, write_json
 from .recipe import Recipe, teacher_weights
 from .stages import StagePlan, BatchPartition
 from .distributed import shard_of
@@ -218,7 +217,7 @@ def save_statistics(recipe:Recipe, plan:StagePlan, statistics:dict[str, Statisti
         tensors |= {f'{name}.normalizer.{key}': tensor for key, tensor in normalizer.state_dict().items()}
         measured = {'mean': spatial.mean, 'variance': spatial.cov.diagonal(), 'summary': summary}
         tensors |= {f'{name}.{key}': tensor for key, tensor in measured.items()}
-    if curves: atomic_write(out/'information.json', json.dumps(curves, indent=2))
+    if curves: write_json(out/'information.json', curves)
     save_tensors(statistics_at(out, plan.first), tensors)
 
 # %% ../../nbs/training/05_statistics.ipynb #d228e609

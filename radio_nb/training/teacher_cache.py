@@ -83,7 +83,7 @@ class CachedTeacher:
         try:
             self.key = json.loads((self.folder/'key.json').read_text())
             self.arrays = {field: open_memmap(self.folder/f'{field}.npy', mode='r') for field in FIELDS}
-        except (OSError, ValueError) as e: raise Damaged(folder, reason(e)) from e
+        except Exception as e: raise Damaged(folder, reason(e)) from e   # NumPy reads a header as Python
         forms = {field: (array.dtype, array.ndim) for field, array in self.arrays.items()}
         if forms != FIELDS or len({len(array) for array in self.arrays.values()}) > 1:
             raise Damaged(folder, 'its arrays do not belong together')

@@ -31,10 +31,10 @@ from ..models.teachers import Teacher, load_teacher, read_weights
 from ..models.tensor_files import fingerprint, load_tensors
 from ..data.images import hold_out, images_fingerprint, open_images
 from ..data.crops import Batch, first_readable, random_crop
-from ..data.files import Progress, Stopped, atomic_write, dead_workers_named, stop_flag
+from ..data.files import Progress, Stopped, atomic_write, dead_workers_named, read_json, stop_flag, write_json
 from .recipe import Recipe, check_names, difference, recipe_toml, teacher_names, teacher_weights
 from .run_folder import begun, check_folder, check_inputs, folder_lock, forget_statistics
-from .run_folder import load_checkpoint, metrics_file, read_json, recipe_of, save_checkpoint
+from .run_folder import load_checkpoint, metrics_file, recipe_of, save_checkpoint
 from .stages import StagePlan, check_device, check_machine, check_recipe
 from .distributed import new_accelerator
 from .teacher_cache import weights_fingerprint
@@ -302,7 +302,7 @@ def begin(run:TrainingRun):
     if run.main:
         if not begun(out) and not began_alike(recipe, inputs, out): forget_statistics(out)
         for part in out.glob('*.part'): part.unlink()   # of a run that was killed while it wrote
-        atomic_write(out/'inputs.json', json.dumps(inputs, indent=2))   # first: it marks the folder as ours
+        write_json(out/'inputs.json', inputs)   # first: it marks the folder as ours
         atomic_write(out/'recipe.toml', recipe_toml(recipe))
     run.accelerator.wait_for_everyone()
     if recipe.trackers: start_trackers(run)
@@ -320,7 +320,7 @@ def start_trackers(run:TrainingRun):
 def finish(run:TrainingRun):
     "Write the student of a run that has ended."
     recipe, out = run.recipe, run.out
-    if run.state['skipped']: atomic_write(out/'skipped.json', json.dumps(run.state['skipped'], indent=2))
+    if run.state['skipped']: write_json(out/'skipped.json', run.state['skipped'])
     export_student(recipe, run.widths, run.state['trainer'], out)
     run.student = Student.from_pretrained(out)
     run.callbacks.on_end(run)
