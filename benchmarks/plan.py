@@ -19,7 +19,7 @@ from radio_nb.training.train import Callbacks, run_recipe
 args = arguments(__doc__, steps=150)
 Progress.hidden = True
 BASE = Recipe('zoo:photos', ('zoo:u2netp#128',), '', size=128, depth=4, head_width=128, batch_size=8, steps=args.steps,
-              statistics_steps=8, checkpoint_every=10**6, watch_every=0, device='cpu')
+              statistics_steps=48, checkpoint_every=10**6, watch_every=0, device='cpu')
 two = ('zoo:u2netp#64', 'zoo:efficientnet-lite0#128')
 parts = (Partition(.75, 64, ('u2netp',)), Partition(.25, 128, ('efficientnet-lite0',)))
 RECIPES = {

@@ -224,6 +224,7 @@ def test_the_command_refuses(refused):
     assert 'real steps need images' in refused('plan', *teacher, '--calibrate')
     assert 'no such folder' in refused('plan', *teacher, '--images', '/not/here')
     assert 'unknown zoo model' in refused('plan', '--teachers', 'zoo:u2')
+    assert 'no such folder' in refused('distill', '--recipe', 'am-radio-h', '--images', '/not/here', '--out', 'x')
     for command in ('plan', 'distill'):
         assert 'packaged: am-radio-h' in refused(command, '--recipe', 'am-radio-x')
         assert 'no such recipe: am-radio-x.toml' in refused(command, '--recipe', 'am-radio-x.toml')

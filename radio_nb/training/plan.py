@@ -274,9 +274,10 @@ def plan_notes(plan:Plan, devices:list[Device])->list[str]:
     recipe, total, memory = plan.recipe, plan.total(), plan.memory
     whole, steps = sum(total.values()), plan.stages[-1][0].last
     kinds = ' and '.join(f'{n/whole:.0%} in {kind}' for kind, n in sorted(total.items()))
+    held = ', '.join(f'{what} {in_units(n, "B")}' for what, n in memory._asdict().items())
     last = in_units(sum(plan.step(-1).values()), 'FLOP')
     notes = [f'A step of {recipe.batch_size} images is {last}, all {steps} of them {in_units(whole, "FLOP")}: {kinds}.',
-             'Each process holds ' + ', '.join(f'{what} {n/1e9:,.1f} GB' for what, n in memory._asdict().items()) + '.']
+             f'Each process holds {held}.']
     seen = recipe.batch_size*steps/max(plan.images, 1)
     if plan.images: notes.append(f'Each of {plan.images} images is seen {_short(seen)} times.')
     crop, rows = plan.crop_bytes(), recipe.views*plan.images
