@@ -215,7 +215,7 @@ def test_the_command_measures_this_machine(capsys):
 
 
 def test_the_command_refuses(refused):
-    teacher = ['--teachers', 'zoo:u2netp']
+    teacher = PLAN[1:]
     assert 'no teachers' in refused('plan')
     assert "unknown device 'H9'" in refused('plan', *teacher, '--on', 'H9')
     assert 'memory is' in refused('plan', *teacher, '--memory', '-1')
