@@ -35,7 +35,7 @@ setup(
                  *(f'Programming Language :: Python :: {version}' for version in pythons)],
     python_requires=f'>={cfg["min_python"]}',
     packages=find_packages(include=['radio_nb', 'radio_nb.*']),
-    package_data={'radio_nb': ['weights/*', 'py.typed']},
+    package_data={'radio_nb': ['weights/*', 'recipes/*', 'py.typed']},
     install_requires=cfg['requirements'].split(),
     extras_require=extras,
     entry_points={'console_scripts': cfg['console_scripts'].split()},

@@ -242,7 +242,7 @@ def test_teachers_are_listed(capsys):
     assert all(line[-1] in ('yes', 'no') for line in lines if line and ':' in line[0] and line[0] != 'Any')
 
 
-@pytest.mark.parametrize('command', ['distill', 'evaluate', 'compare', 'features', 'zero-shot', 'export'])
+@pytest.mark.parametrize('command', ['plan', 'distill', 'evaluate', 'compare', 'features', 'zero-shot', 'export'])
 def test_every_flag_is_explained(command, capsys, monkeypatch):
     "tyro shows the comments behind the fields of a dataclass, and none of those behind the parameters of a function."
     monkeypatch.setenv('COLUMNS', '250')

@@ -180,7 +180,8 @@ def test_the_wheel_holds_modules_and_weights_and_its_metadata_the_extras(tmp_pat
     wheel = ZipFile(next(tmp_path.glob('*.whl')))
     names = wheel.namelist()
     modules = {str(file(name).relative_to(ROOT)) for name in ORDER}
-    assert modules | {'radio_nb/weights/u2netp.safetensors', 'radio_nb/py.typed', 'radio_nb/__main__.py'} <= set(names)
+    data = {f'radio_nb/{name}' for name in ('weights/u2netp.safetensors', 'recipes/am-radio-h.toml', 'py.typed')}
+    assert modules | data | {'radio_nb/__main__.py'} <= set(names)
     metadata = next(wheel.read(name).decode() for name in names if name.endswith('METADATA'))
     required = [line for line in metadata.splitlines() if line.startswith('Requires-Dist') and 'extra ==' not in line]
     assert not any(name in line for line in required for name in ('nbdev', 'fastcore', 'jupyterlab', 'scikit'))

@@ -158,12 +158,13 @@ class Transformer(Backbone):
         self.windows = tuple(windows)
         self.window = None  # set it to a side to have these windows, in training and in evaluation; to 0 to have none
 
-    def draw_window(self,
-        h:int,  # rows of the grid
-        w:int,  # its columns
-    )->int:     # a side in patches, or 0 where attention is global
-        "One of `windows` that divide the grid and are smaller than it, drawn from the default generator."
-        fitting = [side for side in self.windows if not side or (h % side == w % side == 0 and side < max(h, w))]
+    def fitting(self, h:int, w:int)->list[int]: # sides in patches, 0 where attention is global
+        "Those of `windows` that divide a grid of `h` × `w` and are smaller than it."
+        return [side for side in self.windows if not side or (h % side == w % side == 0 and side < max(h, w))]
+
+    def draw_window(self, h:int, w:int)->int:
+        "One of those that fit, drawn from the default generator."
+        fitting = self.fitting(h, w)
         return fitting[torch.randint(len(fitting), ())] if fitting else 0
 
     def forward(self, images)->Features:

@@ -275,7 +275,8 @@ def open_clip_model(
     if not spec.weights and not tag:
         raise BadInput(f'{name}: name the weights, {name}/TAG; tags: {", ".join(tags)}')
     if not spec.weights: return _from_hub(name, lambda: open_clip.create_model(arch, pretrained=tag, **kwargs))
-    model = open_clip.create_model(arch, **kwargs)
+    device = torch.get_default_device()   # open_clip would leave a `with torch.device('meta')`
+    model = open_clip.create_model(arch, device=device, **kwargs)
     return model if spec.weights == 'random' else load_strict(model, read_weights(spec.weights), spec.weights)
 
 def set_tower_size(
