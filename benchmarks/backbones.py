@@ -7,8 +7,7 @@ of images, each network at its own size; the fastest of some calls counts, `--re
 them. On a CPU that is one image in float32, on a CUDA device 16 in bfloat16, compiled. E-RADIO-L stands here twice:
 at 224 pixels, where the paper speaks of ten times the speed of its teachers, and at 512, for which it gives images/s,
 with windows that grow with the image, 16 positions for 7. The published ratios are of images/s on an A100 with
-TensorRT. Multiply–adds are counted, not measured. On two cores it takes some ten minutes, most of them for SAM, and
-10 GB of memory.
+TensorRT. Multiply–adds are counted, not measured. On a CPU it takes some ten minutes.
 """
 import gc  # noqa: I001
 from typing import NamedTuple
