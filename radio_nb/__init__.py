@@ -63,4 +63,26 @@ class _BeforeTorchvision(importlib.abc.MetaPathFinder):
             _BeforeTorchvision.operators = library
 
 
+class _AfterTimm(importlib.abc.MetaPathFinder):
+    """Makes the networks of `radio_nb.models.eradio` known to timm, as soon as somebody imports timm.
+
+    That chapter stands behind those that ask timm for a network, so none of them can import it. It must itself import
+    nothing of this package that imports timm: whoever does so first is still being imported at that moment.
+    """
+    def find_spec(self, name, path, target=None):
+        if name != 'timm': return None
+        others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, others), None)
+        if spec is None: return None
+        execute = spec.loader.exec_module
+
+        def and_register(module):
+            execute(module)
+            importlib.import_module('radio_nb.models.eradio')
+        spec.loader.exec_module = and_register
+        return spec
+
+
 if 'torchvision' not in sys.modules: sys.meta_path.insert(0, _BeforeTorchvision())
+if 'timm' in sys.modules: importlib.import_module('radio_nb.models.eradio')
+else: sys.meta_path.insert(0, _AfterTimm())

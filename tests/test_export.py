@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from timm.layers import Conv2dSame
 from timm.layers.pool2d_same import MaxPool2dSame
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 from torch.testing import assert_close
 
@@ -18,6 +19,7 @@ from radio_nb.front import export
 from radio_nb.front.cli import main
 from radio_nb.front.export import FORMATS, export_student, timm_arguments
 from radio_nb.front.model_card import MARK, is_non_commercial, licence_of, model_card, write_card
+from radio_nb.models.eradio import ERadio
 from radio_nb.models.program import as_program, fixed_padding, named_outputs, replaced
 from radio_nb.models.student import Student
 from radio_nb.targets.bad_input import BadInput
@@ -136,6 +138,27 @@ def test_timm_is_refused_what_it_does_not_know(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ['config.json', 'student.safetensors']
 
 
+default_cfgs = generate_default_cfgs({'small_eradio': {'mean': (.5,)*3, 'std': (.5,)*3}})
+
+
+@register_model
+def small_eradio(pretrained=False, **options):
+    return build_model_with_cfg(ERadio, 'small_eradio', pretrained, width=16, depths=(1, 1, 2, 1), **options)
+
+
+def test_an_e_radio_leaves_for_images_of_any_size(tmp_path, monkeypatch):
+    "Its windows are padded at some sizes, and tile the maps at 224."
+    [pytest.importorskip(name) for name in FORMATS['onnx'].needs]
+    student = saved(tmp_path, 'small_eradio')
+    program = as_program(student)
+    run = program.module()
+    for images in (*batches(student), torch.rand(2, 3, 224, 224)):
+        with torch.no_grad(): found = run(images)
+        for name, own in outputs(student, images).items(): assert_close(found[name], own, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(export, 'as_program', lambda *_: program)   # it takes seconds
+    assert export_student(tmp_path, 'onnx').difference <= 1e-4
+
+
 def test_a_network_that_timm_has_from_elsewhere_leaves_in_the_formats_that_need_no_timm(tmp_path):
     student = saved(tmp_path, 'cifar_resnet8')
     for format in ('timm', 'transformers'):
@@ -160,6 +183,7 @@ def test_half_precision_halves_the_file(format, tmp_path):
 BEFORE = """
 import sys, numpy as np, radio_nb, torch
 radio_nb.__path__ = []   # all but its cure for torchvision is gone
+sys.meta_path = [finder for finder in sys.meta_path if type(finder).__name__ != '_AfterTimm']
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 model = AutoModel.from_pretrained({path!r}, trust_remote_code=True)

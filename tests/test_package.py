@@ -56,6 +56,12 @@ def test_a_chapter_imports_only_from_those_before_it(name):
     for other, _ in imported(name): assert ORDER.index(other) < ORDER.index(name), f'{name} imports {other}'
 
 
+def test_what_registers_networks_when_timm_is_imported_imports_nothing_here_that_imports_timm():
+    "Whatever of ours asks for timm first is half imported at that moment."
+    names = ', '.join(f'radio_nb.{other}' for other, _ in imported('models.eradio'))
+    assert fresh(f'import {names}, sys; print("timm" in sys.modules)').stdout.strip() == 'False'
+
+
 def test_evaluation_knows_no_training_and_cifd_is_loaded_only_where_a_recipe_asks_for_it():
     for name in ORDER:
         for other, at_once in imported(name):

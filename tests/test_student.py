@@ -18,6 +18,7 @@ from torch.testing import assert_close
 from radio_nb.cifd.controlled_flow import TokenBottleneck
 from radio_nb.front.cli import main
 from radio_nb.models.backbones import Transformer, find_network, new_backbone
+from radio_nb.models.eradio import ERadio
 from radio_nb.models.student import Head, Student, check_microbatch
 from radio_nb.models.tokens import from_windows, into_windows, windowed, windowed_blocks
 from radio_nb.targets.bad_input import BadInput
@@ -146,7 +147,8 @@ def test_with_heads_only_the_backbone_gets_no_gradient(name):
 
 
 @pytest.mark.parametrize('name', [
-    'resnet10t', 'convnext_atto', 'efficientnet_lite0', 'fastvit_t8', 'regnetx_002', 'mobilenetv3_small_050'])
+    'resnet10t', 'convnext_atto', 'efficientnet_lite0', 'fastvit_t8', 'regnetx_002', 'mobilenetv3_small_050',
+    'eradio_xt'])
 def test_a_pyramid_uses_every_parameter_and_comes_back_from_its_folder(name, tmp_path):
     student, images = small(name), torch.rand(2, 3, 64, 96)
     outputs = student(images)
@@ -224,6 +226,38 @@ def test_a_student_of_small_images_has_the_stride_asked_for_and_comes_back(name,
     assert grid.shape == (2, side, side, 16)
     student.save_pretrained(tmp_path)
     with torch.inference_mode(): assert_close(Student.from_pretrained(tmp_path)(images)['sam'].spatial, grid)
+
+
+def test_an_e_radio_is_distilled_saved_and_loaded(tmp_path):
+    run = radio_nb.distill(images='zoo:photos', teachers=['zoo:u2netp#64'], student='eradio_xt', size=64, steps=4,
+                           statistics_steps=2, batch_size=4, head_width=16, hold_out=4, out=str(tmp_path/'run'))
+    student, images = radio_nb.create(tmp_path/'run'), torch.rand(2, 3, 64, 96)
+    assert student.config['backbone'] == 'eradio_xt' and student.backbone.stages.model.neck is None
+    with torch.inference_mode():
+        grid = student(images)['u2netp'].spatial
+        assert grid.shape == (2, 4, 6, 64) and torch.equal(grid, run.student.cpu().eval()(images)['u2netp'].spatial)
+
+
+def test_an_e_radio_compiles_to_one_graph_where_windows_tile_the_map_and_where_they_do_not():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    network = ERadio(16, (1, 1, 2, 1), num_classes=3)
+    compiled = torch.compile(network, fullgraph=True, backend='aot_eager', dynamic=False)
+    for size in ((224, 224), (150, 200)):
+        images = torch.rand(2, 3, *size)
+        assert_close(compiled(images), network(images))
+
+
+@pytest.mark.parametrize('first', ['radio_nb', 'timm'])
+def test_timm_knows_e_radio_whichever_of_the_two_is_imported_first(first):
+    "Asking where timm lies, as `architectures` does, must not use the moment up."
+    script = ('import sys, importlib, importlib.util, radio_nb; importlib.util.find_spec("timm")\n'
+              'ours = [f for f in sys.meta_path if type(f).__name__ == "_AfterTimm"]\n'
+              'if sys.argv[1] == "timm": sys.meta_path.remove(*ours)\n'
+              'import timm; before = timm.is_model("eradio_t"); importlib.reload(radio_nb)\n'
+              'print(before, timm.create_model("eradio_xt", num_classes=0).num_features)')
+    done = subprocess.run([sys.executable, '-c', script, first], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(first == 'radio_nb'), '256']
 
 
 def test_smaller_patches_are_resampled_from_the_larger():
