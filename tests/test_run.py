@@ -1,6 +1,5 @@
 "`radio_nb.distill` and `Run` as a program uses them: objects in place of names, callbacks, what is refused."
 import radio_nb  # noqa: F401, I001  before timm, so that torchvision can be imported
-import json
 import os
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import nn
 from radio_nb.data.crops import height_width
 from radio_nb.data.files import hours_minutes_seconds
 from radio_nb.front.evaluate import compare_folders
+from radio_nb.front.run_match import load_match
 from radio_nb.models.zoo import photographs
 from radio_nb.targets.bad_input import BadInput
 from radio_nb.training.distributed import new_accelerator
@@ -96,7 +96,7 @@ def test_a_callback_ends_a_run_with_the_student_of_that_moment(tmp_path):
 def test_a_run_is_opened_by_its_folder(tmp_path):
     run = radio_nb.distill(images=pictures(), teachers={'blocks': Blocks()}, out=tmp_path/'run', hold_out=2, **TINY)
     measured = run.match
-    assert measured == json.loads((tmp_path/'run'/'match.json').read_text()) and 'new images' in measured
+    assert measured == load_match(tmp_path/'run') and 'new images' in measured
     opened = radio_nb.Run(tmp_path/'run')
     assert opened.match == measured and opened.metrics == run.metrics and 'blocks' in str(opened)
     with pytest.raises(BadInput, match='hand them over again'): opened.feature_maps()

@@ -320,7 +320,7 @@ def start_trackers(run:TrainingRun):
 def finish(run:TrainingRun):
     "Write the student of a run that has ended."
     recipe, out = run.recipe, run.out
-    if run.state['skipped']: write_json(out/'skipped.json', run.state['skipped'])
+    if run.state['skipped']: atomic_write(out/'skipped.json', json.dumps(run.state['skipped'], indent=2))
     export_student(recipe, run.widths, run.state['trainer'], out)
     run.student = Student.from_pretrained(out)
     run.callbacks.on_end(run)
