@@ -12,8 +12,10 @@ import torch
 from children import Children, command, small_images, train
 from test_kills import losses
 
+from radio_nb.data.crops import fetch
 from radio_nb.front import cli
 from radio_nb.models.student import Student
+from radio_nb.targets.bad_input import BadInput
 from radio_nb.training.recipe import Recipe
 from radio_nb.training.run_folder import load_checkpoint
 from radio_nb.training.train import run_recipe
@@ -82,7 +84,8 @@ def test_a_run_whose_worker_died_goes_on(tmp_path):
     for worker in workers(): worker.kill()
     child_run.wait(code=2)
     last = child_run.output().strip().splitlines()[-1]
-    assert 'a process that decodes images died' in last and 'the last checkpoint is whole: add --resume' in last
+    assert 'a process that decodes images died' in last
+    assert 'all that was saved is whole: ask again (a run with --resume)' in last
     step = load_checkpoint(out/'checkpoints')['step']
     assert 2 <= step < 60
     steps = [line['step'] for line in losses(out)]
@@ -93,9 +96,24 @@ def test_a_run_whose_worker_died_goes_on(tmp_path):
     assert steps[:step] == [line['step'] for line in losses(out)][:step]
 
 
+def test_a_connection_that_ends_before_its_worker_is_the_death_of_it(monkeypatch):
+    def ended(*_, **__): raise ConnectionResetError(104, 'Connection reset by peer')
+    monkeypatch.setattr('radio_nb.data.crops.DataLoader', ended)
+    with pytest.raises(BadInput, match='a process that decodes images died .*Connection reset by peer.; all that was'):
+        list(fetch([], [], workers=1))
+
+
+def test_the_death_of_a_worker_is_one_line_wherever_it_is_noticed(monkeypatch, capsys):
+    "PyTorch raises from the handler of a signal, in whatever line the program is."
+    def command(_): raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed.')
+    monkeypatch.setattr(cli, 'run_command', command)
+    with pytest.raises(SystemExit) as ended: cli.main(['evaluate'])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith('radio-nb: a process that decodes images died (DataLoader worker (pid 7)')
+
+
 def _named(recipe):
     "A run whose error the command would print."
-    from radio_nb.targets.bad_input import BadInput
     try: run_recipe(recipe)
     except BadInput as e: raise SystemExit(print(e) or 2) from e
 

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['SCALE', 'RATIO', 'TRIES', 'random_box', 'height_width', 'random_crop', 'centre_crop', 'padded_crop', 'resize',
-           'shortest_side', 'Crop', 'first_readable', 'Crops', 'Batch', 'collate', 'image_batches']
+           'shortest_side', 'Crop', 'first_readable', 'Crops', 'dead_workers_named', 'fetch', 'Batch', 'collate',
+           'image_batches']
 
 # %% ../../nbs/data/01_crops.ipynb #0dbe19eb
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from math import ceil, exp, log
 from typing import NamedTuple
@@ -20,7 +22,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..targets.bad_input import BadInput
+from ..targets.bad_input import BadInput, reason
 from .images import Unreadable, decode
 from torchvision.transforms.functional import pil_to_tensor  # after radio_nb, see its `__init__`
 
@@ -178,7 +180,33 @@ class Crops:
 
     def batches(self, positions:Iterable[range], workers:int=0)->Iterator['Batch']:
         "A batch for each range of positions, decoded by `workers` processes."
-        return iter(DataLoader(self, batch_sampler=positions, num_workers=workers, collate_fn=collate))
+        return fetch(self, positions, workers, collate)
+
+# %% ../../nbs/data/01_crops.ipynb #93383f19
+def _death(error):
+    return BadInput(f'a process that decodes images died ({reason(error, 100)}); all that was saved is whole: ask '
+                    'again (a run with --resume), with fewer --workers if memory was short')
+
+@contextmanager
+def dead_workers_named():
+    "Within it the death of a process that decodes images becomes a `BadInput` of one clear line."
+    try: yield
+    except RuntimeError as e:
+        if 'DataLoader worker (pid' not in str(e): raise
+        raise _death(e) from e
+
+def fetch(
+    data:Sequence,             # what gives an item for a position
+    positions:Iterable,        # of every batch
+    workers:int=0,             # processes; 0 for this one
+    collate:Callable=list,     # a batch of items
+)->Iterator:
+    "Batches, fetched in several processes. Raises `BadInput` where one of them dies."
+    with dead_workers_named():
+        try: yield from DataLoader(data, batch_sampler=positions, num_workers=workers, collate_fn=collate)
+        except (ConnectionResetError, ConnectionRefusedError, EOFError) as e:
+            if not workers or str(e).startswith('Caught'): raise   # `data` raised it
+            raise _death(e) from e
 
 # %% ../../nbs/data/01_crops.ipynb #e682cc0d
 class Batch(NamedTuple):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['atomic_write', 'write_json', 'read_json', 'Taken', 'lock', 'in_notebook', 'hours_minutes_seconds', 'Progress',
-           'Stopped', 'stop_flag', 'signals_interrupt', 'dead_workers_named']
+           'Stopped', 'stop_flag', 'signals_interrupt']
 
 # %% ../../nbs/data/03_files.ipynb #84f5fc7e
 import errno
@@ -191,13 +191,3 @@ def stop_flag():
 def signals_interrupt():
     "Within it SIGTERM and SIGHUP raise `KeyboardInterrupt`, as SIGINT does by itself."
     return _on_signals(signal.default_int_handler)
-
-# %% ../../nbs/data/03_files.ipynb #258d45ab
-@contextmanager
-def dead_workers_named():
-    "Within it the death of a process that decodes images becomes a `BadInput` of one clear line."
-    try: yield
-    except RuntimeError as e:
-        if 'DataLoader worker' not in str(e): raise
-        raise BadInput(f'a process that decodes images died ({str(e).splitlines()[0][:100]}); the last checkpoint is '
-                       'whole: add --resume, with fewer --workers if memory was short') from e

@@ -27,6 +27,7 @@ import tyro
 import radio_nb
 from ..targets.bad_input import BadInput, one_line
 from ..models.specs import TEACHERS, check_spec, parse_spec
+from ..data.crops import dead_workers_named
 from ..data.files import Progress, Stopped, atomic_write, signals_interrupt, stop_flag
 from ..training.recipe import AtLeast0, AtLeast1, NotNegative, Recipe, check_names, check_values, read_recipe
 from ..training.recipe import recipe_toml
@@ -455,7 +456,7 @@ def main(args:list[str]|None=None):
     for stream in (sys.stdout, sys.stderr):   # a name that the terminal cannot show is no reason to fail
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
     try:
-        with signals_interrupt(): run_command(args)
+        with signals_interrupt(), dead_workers_named(): run_command(args)
     except BadInput as e: leave(str(e), 2)
     except Stopped as e: leave(f'{e}: {again(args)}' if 'to go on' in str(e) else str(e), 130)
     except KeyboardInterrupt: leave('interrupted', 130)

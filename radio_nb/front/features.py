@@ -9,7 +9,7 @@ __all__ = ['WHAT', 'FeatureSource', 'open_source', 'encoder', 'row_shape', 'Name
 # %% ../../nbs/front/06_features.ipynb #af6d114c
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from ..targets.bad_input import BadInput, reason, unknown
 from ..targets.features import Features
@@ -25,7 +24,7 @@ from ..models.specs import check_spec
 from ..models.student import Student
 from ..models.teachers import load_teacher
 from ..data.images import Unreadable, decode, images_fingerprint, open_images
-from ..data.crops import centre_crop, height_width
+from ..data.crops import centre_crop, fetch, height_width
 from ..data.files import Progress, Stopped, atomic_write, lock
 from ..data.feature_files import WRITERS, FeatureIndex, check_some, join_parts, part_file, part_rows
 from ..data.feature_files import read_index, save_part
@@ -124,17 +123,6 @@ class NamedCrops:
             return NamedCrop(row, f'{path} of row {row}' if image and image['bytes'] and image['path'] else path,
                              None, str(e))
 
-    def batches(self,
-        rows:Iterable[range],  # of every batch
-        workers:int=0,         # processes that decode; 0 for this one
-    )->Iterator[list[NamedCrop]]:
-        "Batches in this order. Raises `BadInput` where a process dies."
-        try: yield from DataLoader(self, batch_sampler=rows, num_workers=workers, collate_fn=list)
-        except RuntimeError as e:
-            if 'DataLoader worker' not in str(e): raise
-            raise BadInput(f'a process that decodes images died ({reason(e, 100)}): the same command goes on, '
-                           'with fewer --workers if memory was short') from e
-
 # %% ../../nbs/front/06_features.ipynb #bbe8f88d
 def _encode_batch(batch, encode):
     "The crops without their images, and the features of those that could be read."
@@ -160,7 +148,7 @@ def write_parts(
     missing = {i: rows for i, rows in enumerate(part_rows(n, shape)) if not part_file(folder, i).exists()}
     done = n - sum(map(len, missing.values()))
     cut = {i: [rows[k:k + batch_size] for k in range(0, len(rows), batch_size)] for i, rows in missing.items()}
-    stream = NamedCrops(images, source.size).batches([rows for part in cut.values() for rows in part], workers)
+    stream = fetch(NamedCrops(images, source.size), [rows for part in cut.values() for rows in part], workers)
     progress, seen = Progress(n, done, 'features'), done
     for i, batches in cut.items():
         crops, features = [], []
@@ -290,7 +278,7 @@ def label_images(
     encode = encoder(FeatureSource(clip.name, summary, clip.size, clip.device, ''), 'summary')
     progress, n = Progress(len(opened), what='zero-shot'), len(opened)
     rows = [range(first, min(first + batch_size, n)) for first in range(0, n, batch_size)]
-    for batch in NamedCrops(opened, clip.size).batches(rows, workers):
+    for batch in fetch(NamedCrops(opened, clip.size), rows, workers):
         crops, features = _encode_batch(batch, encode)
         skipped.update({crop.path: crop.why for crop in crops if crop.why})
         for x in features:

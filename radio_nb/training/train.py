@@ -30,8 +30,8 @@ from ..models.specs import parse_spec
 from ..models.teachers import Teacher, load_teacher, read_weights
 from ..models.tensor_files import fingerprint, load_tensors
 from ..data.images import hold_out, images_fingerprint, open_images
-from ..data.crops import Batch, first_readable, random_crop
-from ..data.files import Progress, Stopped, atomic_write, dead_workers_named, read_json, stop_flag, write_json
+from ..data.crops import Batch, dead_workers_named, first_readable, random_crop
+from ..data.files import Progress, Stopped, atomic_write, read_json, stop_flag, write_json
 from .recipe import Recipe, check_names, difference, recipe_toml, teacher_names, teacher_weights
 from .run_folder import begun, check_folder, check_inputs, folder_lock, forget_statistics
 from .run_folder import load_checkpoint, metrics_file, recipe_of, save_checkpoint
@@ -275,7 +275,7 @@ def train_stage(run:TrainingRun, plan:StagePlan):
     progress = Progress(run.total, trainer.step, quiet=not run.main)
     streams = zip(*(source.batches(recipe, accelerator, trainer.step, plan.last) for source in trainer.sources))
     log = metrics_file(run.out, trainer.step) if run.main else nullcontext()
-    with log as metrics, dead_workers_named(), stop_flag() as signals:
+    with log as metrics, stop_flag() as signals:
         for batches in trainer.timer.each(streams, 'data'):
             for batch in batches: run.skipped.update(batch.skipped)
             watched = watch_gradients(run, batches)
@@ -342,7 +342,7 @@ def run_recipe(
     accelerator = new_accelerator(best_device(recipe.device), bool(uneven), **tracking)
     ready = prepare(recipe, accelerator.device if accelerator.num_processes > 1 else None, inputs)
     check_readable(ready.train)
-    with folder_lock(out, accelerator):
+    with folder_lock(out, accelerator), dead_workers_named():
         check_folder(recipe, resume)   # somebody may have been here meanwhile
         run = TrainingRun(recipe, plan, ready, accelerator, out, callbacks)
         begin(run)
