@@ -108,8 +108,8 @@ def test_the_report_shows_how_it_went(runs):
     assert 'Evaluated in the course of training' not in plain.report().read_text()
     page = watched.report().read_text()
     assert 'Evaluated in the course of training' in page and 'accuracy of kNN' in page and 'the folder best' in page
-    assert list(watched.match_curves().data[0].x) == [2, 4, 6, 7]
-    with pytest.raises(BadInput, match='holds no best student'): _ = plain.best
+    assert list(watched.curves('explained').data[0].x) == [2, 4, 6, 7]
+    with pytest.raises(BadInput, match='holds no student'): _ = plain.best
 
 
 class Broken(Exception):

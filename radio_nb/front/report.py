@@ -175,9 +175,9 @@ def best_in_words(out:Path)->str: # '' where no best student was kept
     path = out/'best'/'best.json'
     if not path.exists(): return ''
     best = read_json(path)
-    measure = best['measure'].replace('_', ' ')
-    return (f'The best student by {measure} ({best["value"]:.3f}) is that of step {best["step"]}, in the folder best; '
-            'student.safetensors is that of the last step.')
+    try: which = f'{best["measure"].replace("_", " ")} ({best["value"]:.3f}) is that of step {best["step"]}'
+    except (KeyError, ValueError, TypeError, AttributeError) as e: raise BadInput(f'{path} is damaged ({e})') from e
+    return f'The best student by {which}, in the folder best; student.safetensors is that of the last step.'
 
 def evaluation_curves(out:Path, lines:list[dict])->list[str]:
     "Sections of the report on evaluations in the course of the run; none where there were none."

@@ -35,7 +35,8 @@ from ..training.stages import check_recipe
 from ..training.train import NOTHING, Callbacks, Inputs, Prepared, TrainingRun, fingerprints, ignore
 from ..training.train import prepare, run_recipe
 from .pictures import html_table, loss_curves, match_curves
-from .run_match import MATCH_HEADER, WhileTraining, load_match, match_rows, match_run, text_table
+from .run_match import MATCH_HEADER, MATCH_MEASURES, WhileTraining, load_match, match_rows, match_run
+from .run_match import text_table
 from .report import feature_maps, shown_images, write_report
 
 # %% ../../nbs/front/04_run.ipynb #6e7cc1ac
@@ -147,9 +148,8 @@ class Run:
 
     @cached_property
     def best(self)->Student:
-        "The best student by the measure `keep_best`. Raises `BadInput` where none was kept."
-        if (self.out/'best'/'student.safetensors').exists(): return Student.from_pretrained(self.out/'best')
-        raise BadInput(f'{self.out} holds no best student: it is kept where a recipe has keep_best and evaluate_every')
+        "The best student by the recipe's `keep_best`. Raises `BadInput` where none was kept."
+        return Student.from_pretrained(self.out/'best')
 
     @cached_property
     def metrics(self)->list[dict]:
@@ -164,21 +164,16 @@ class Run:
     @cached_property
     def skipped(self)->dict[str, str]:
         "Images that could not be used, with the reason."
-        path = self.out/'skipped.json'
-        return read_json(path) if path.exists() else {}
+        return read_json(self.out/'skipped.json') if (self.out/'skipped.json').exists() else {}
 
     def report(self)->Path:
         "Write the page with tables, curves and maps, if it is not there yet."
         path = self.out/'report.html'
         return path if path.exists() else write_report(self.recipe, self.ready, self.out, self.match)
 
-    def curves(self, kind:str='spatial')->go.Figure: # or 'summary'
-        "The loss of every teacher over the steps."
-        return loss_curves(self.metrics, kind)
-
-    def match_curves(self, measure:str='explained')->go.Figure: # or 'cosine', 'summary_cosine'
-        "The match of every teacher in the course of the run; empty without `evaluate_every`."
-        return match_curves(self.metrics, measure)
+    def curves(self, kind:str='spatial')->go.Figure: # or 'summary'; or what was evaluated, such as 'explained'
+        "The loss of every teacher over the steps, or its match in the course of the run."
+        return (match_curves if kind in MATCH_MEASURES else loss_curves)(self.metrics, kind)
 
     def feature_maps(self, n:int=6): # a picture
         "Up to `n` images, and below each the features of every teacher and the student's for it."
