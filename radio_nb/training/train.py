@@ -228,7 +228,7 @@ class TrainingRun:
         self.trainer, self.metrics, self.warned, self.stop_asked = None, {}, False, False
         self.state = load_checkpoint(out/'checkpoints')   # the last one; None before the first
         self.saved = None if self.state else saved_student(recipe, self.student)
-        self.best = self.state['best'] if self.state else None   # the best student so far, see `keep_best`
+        self.best = self.state.get('best') if self.state else None   # the best student so far, see `keep_best`
         self.skipped = dict(self.state['skipped']) if self.state else {}   # images that cannot be used, with the reason
 
     @property
@@ -390,7 +390,7 @@ def finish(run:TrainingRun):
     "Write the student of a run that has ended; `student.safetensors` is that of its last step, and comes last of all."
     recipe, out = run.recipe, run.out
     if run.state['skipped']: write_json(out/'skipped.json', run.state['skipped'])
-    if run.state['best']: export_best(recipe, run.widths, run.state['best'], out)
+    if run.best: export_best(recipe, run.widths, run.best, out)
     export_student(recipe, run.widths, run.state['trainer'], out)
     run.student = Student.from_pretrained(out)
     run.callbacks.on_end(run)
