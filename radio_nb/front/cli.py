@@ -123,6 +123,7 @@ def print_skipped(skipped:dict[str, str]): # images that could not be read, with
 
 def print_result(run, begun:float=0., quiet:bool=False): # a `Run`, and when it was begun
     "Make what is missing; print the match table, what was skipped, where the files are, and what comes next."
+    from radio_nb.front.report import best_in_words
     table, report = str(run), run.report()
     if quiet: return
     print(f'{table}\n')
@@ -130,6 +131,7 @@ def print_result(run, begun:float=0., quiet:bool=False): # a `Run`, and when it 
     if len(run.skipped) > 1: print(f'All of them are in {run.out/"skipped.json"} and in the report.')
     took = f'This took {time.time() - begun:.0f} s. ' if begun else ''
     print(f'{took}The report is {report}, the student {run.out/"student.safetensors"}.')
+    if kept := best_in_words(run.out): print(kept)
     print(f'On images of your own: radio-nb evaluate {shlex.quote(str(run.out))} --images FOLDER')
 
 # %% ../../nbs/front/09_cli.ipynb #f09d221e

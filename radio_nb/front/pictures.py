@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['palette', 'PCAColours', 'tile', 'sheet', 'smoothed', 'plain', 'loss_curves', 'plain_curve', 'rate_curves',
-           'html_table', 'footnotes', 'html_image', 'html_figure', 'page']
+           'match_curves', 'html_table', 'footnotes', 'html_image', 'html_figure', 'page']
 
 # %% ../../nbs/front/00_pictures.ipynb #af53babb
 import base64
@@ -121,6 +121,20 @@ def rate_curves(
                         line=dict(color=colour, dash='dot'))
     fig.update_xaxes(title='bits of a position', type='log').update_yaxes(title='error of a channel')
     return layout(fig)
+
+# %% ../../nbs/front/00_pictures.ipynb #f37a2e0b
+def match_curves(
+    lines:list[dict],           # of a run's `metrics.jsonl`
+    measure:str='explained',    # of the match
+)->go.Figure:                   # empty where the student was never evaluated
+    "How well the student matched each teacher, where it was evaluated on the way."
+    evaluated = {line['step']: line['evaluation'].get('match', {}) for line in lines if 'evaluation' in line}
+    fig = go.Figure()
+    for i, name in enumerate(dict.fromkeys(name for match in evaluated.values() for name in match)):
+        points = {step: match[name][measure] for step, match in evaluated.items() if measure in match.get(name, {})}
+        if points: fig.add_scatter(x=list(points), y=list(points.values()), mode='lines+markers', name=plain(name),
+                                   line_color=palette[i % len(palette)])
+    return layout(fig, xaxis_title='step', yaxis_title=measure.replace('_', ' '), showlegend=True)
 
 # %% ../../nbs/front/00_pictures.ipynb #9b0b6560
 def html_table(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LEARNED', 'GENERALIZES', 'FALLEN', 'SKIPPED', 'OUTCOMES', 'EXPLANATION', 'some', 'match_in_words', 'loss_warnings',
            'skipped_warning', 'shown_grids', 'feature_maps', 'touch_blocks', 'shown_images', 'monitor_blocks',
-           'information_blocks', 'score_blocks', 'evaluation_block', 'refresh_report', 'attempt', 'words_blocks',
-           'curve_blocks', 'map_blocks', 'skipped_blocks', 'write_report']
+           'best_in_words', 'evaluation_curves', 'information_blocks', 'score_blocks', 'evaluation_block',
+           'refresh_report', 'attempt', 'words_blocks', 'curve_blocks', 'map_blocks', 'skipped_blocks', 'write_report']
 
 # %% ../../nbs/front/03_report.ipynb #26bb0471
 import sys
@@ -30,8 +30,8 @@ from ..training.run_folder import read_metrics
 from ..training.train import Prepared
 from ..evaluation.scores import Score, load_scores, score_table
 from .explore import similarity_html
-from .pictures import PCAColours, footnotes, html_figure, html_image, html_table, loss_curves, page
-from .pictures import plain_curve, rate_curves, sheet, tile
+from .pictures import PCAColours, footnotes, html_figure, html_image, html_table, loss_curves
+from .pictures import match_curves, page, plain_curve, rate_curves, sheet, tile
 from .run_match import MATCH_HEADER, learned_from, match_rows, measured, readable
 
 # %% ../../nbs/front/03_report.ipynb #5b4f58af
@@ -158,7 +158,8 @@ def shown_images(recipe:Recipe, ready:Prepared)->Dataset:
 # %% ../../nbs/front/03_report.ipynb #3fdcc49a
 def monitor_blocks(lines:list[dict])->list[str]:
     "Sections of the report on time and on gradient norms."
-    spent = {phase: sum(line['seconds'].get(phase, 0) for line in lines) for phase in lines[-1]['seconds']}
+    phases = dict.fromkeys(phase for line in lines for phase in line['seconds'])
+    spent = {phase: sum(line['seconds'].get(phase, 0) for line in lines) for phase in phases}
     rows = [[phase, f'{seconds:.0f} s', seconds/(sum(spent.values()) or 1.)] for phase, seconds in spent.items()]
     blocks = ['<h2>Where the time went</h2>', html_table(['phase', 'time', 'share'], rows)]
     watched = [line for line in lines if line.get('gradient_norms')]
@@ -167,6 +168,29 @@ def monitor_blocks(lines:list[dict])->list[str]:
     return blocks + ['<h2>Gradient norms</h2>',
                      '<p>The norm of the gradient of each teacher\'s loss on the weights of the backbone.</p>',
                      html_table(['step', *watched[0]['gradient_norms']], norms)]
+
+# %% ../../nbs/front/03_report.ipynb #38f00cf4
+def best_in_words(out:Path)->str: # '' where no best student was kept
+    "Which of a run's students is where. Raises `BadInput`."
+    path = out/'best'/'best.json'
+    if not path.exists(): return ''
+    best = read_json(path)
+    try: which = f'{best["measure"].replace("_", " ")} ({best["value"]:.3f}) is that of step {best["step"]}'
+    except (KeyError, ValueError, TypeError, AttributeError) as e: raise BadInput(f'{path} is damaged ({e})') from e
+    return f'The best student by {which}, in the folder best; student.safetensors is that of the last step.'
+
+def evaluation_curves(out:Path, lines:list[dict])->list[str]:
+    "Sections of the report on evaluations in the course of the run; none where there were none."
+    evaluated = [line for line in lines if line.get('evaluation')]
+    if not evaluated: return []
+    blocks = ['<h2>Evaluated in the course of training</h2>', f'<p>{escape(best_in_words(out))}</p>']
+    if any('match' in line['evaluation'] for line in evaluated):
+        blocks += ['<p>The share of the variance of each teacher that the student explained, on images held out.</p>',
+                   html_figure(match_curves(evaluated))]
+    knn = [{'step': line['step'], **line['evaluation']} for line in evaluated if 'knn' in line['evaluation']]
+    if not knn: return blocks
+    return [*blocks, '<p>How often the nearest labelled images knew the class of another.</p>',
+            html_figure(plain_curve(knn, 'knn', 'accuracy of kNN'))]
 
 # %% ../../nbs/front/03_report.ipynb #cf7ca58c
 def information_blocks(curves:dict, lines:list[dict])->list[str]:
@@ -246,6 +270,7 @@ def curve_blocks(recipe:Recipe, out:Path, lines:list[dict])->list[str]:
     blocks = [f'<p>metrics.jsonl has lost {some(lost, "line")}: the curves have a gap.</p>'] if lost > 0 else []
     for title, kind in (('grids', 'spatial'), ('summaries', 'summary')):
         blocks += [f'<h2>Losses of the {title}</h2>', html_figure(loss_curves(lines, kind))]
+    blocks += attempt('The evaluations', lambda: evaluation_curves(out, lines))
     if recipe.information:
         blocks += attempt('What the rate–distortion modules achieve',
                           lambda: information_blocks(read_json(out/'information.json'), lines))

@@ -28,13 +28,15 @@ from ..models.teachers import Teacher, timm_features
 from ..models.tensor_files import load_tensors
 from ..data.images import UNDECODED, only_images
 from ..data.crops import random_crop
-from ..data.files import in_notebook, read_json
+from ..data.files import hours_minutes_seconds, in_notebook, read_json
 from ..training.recipe import Recipe, difference, read_recipe
 from ..training.run_folder import check_inputs, finished, read_metrics, recipe_of
+from ..training.stages import check_recipe
 from ..training.train import NOTHING, Callbacks, Inputs, Prepared, TrainingRun, fingerprints, ignore
 from ..training.train import prepare, run_recipe
-from .pictures import html_table, loss_curves
-from .run_match import MATCH_HEADER, load_match, match_rows, match_run, text_table
+from .pictures import html_table, loss_curves, match_curves
+from .run_match import MATCH_HEADER, MATCH_MEASURES, WhileTraining, load_match, match_rows, match_run
+from .run_match import text_table
 from .report import feature_maps, shown_images, write_report
 
 # %% ../../nbs/front/04_run.ipynb #6e7cc1ac
@@ -141,8 +143,13 @@ class Run:
 
     @cached_property
     def student(self)->Student:
-        "The student, in evaluation mode: images (B, 3, H, W) in [0, 1] to features by teacher."
+        "The student of the last step, in evaluation mode: images (B, 3, H, W) in [0, 1] to features by teacher."
         return Student.from_pretrained(self.out)
+
+    @cached_property
+    def best(self)->Student:
+        "The best student by the recipe's `keep_best`. Raises `BadInput` where none was kept."
+        return Student.from_pretrained(self.out/'best')
 
     @cached_property
     def metrics(self)->list[dict]:
@@ -157,17 +164,16 @@ class Run:
     @cached_property
     def skipped(self)->dict[str, str]:
         "Images that could not be used, with the reason."
-        path = self.out/'skipped.json'
-        return read_json(path) if path.exists() else {}
+        return read_json(self.out/'skipped.json') if (self.out/'skipped.json').exists() else {}
 
     def report(self)->Path:
         "Write the page with tables, curves and maps, if it is not there yet."
         path = self.out/'report.html'
         return path if path.exists() else write_report(self.recipe, self.ready, self.out, self.match)
 
-    def curves(self, kind:str='spatial')->go.Figure: # or 'summary'
-        "The loss of every teacher over the steps."
-        return loss_curves(self.metrics, kind)
+    def curves(self, kind:str='spatial')->go.Figure: # or 'summary'; or what was evaluated, such as 'explained'
+        "The loss of every teacher over the steps, or its match in the course of the run."
+        return (match_curves if kind in MATCH_MEASURES else loss_curves)(self.metrics, kind)
 
     def feature_maps(self, n:int=6): # a picture
         "Up to `n` images, and below each the features of every teacher and the student's for it."
@@ -179,30 +185,58 @@ class Run:
 
 # %% ../../nbs/front/04_run.ipynb #7f835ca8
 class LiveCurves:
-    "A figure of every teacher's loss that grows while a run goes on; a callback for `on_step`."
+    "A figure of every teacher's loss and match that grows while a run goes on; a callback for `on_step`."
     def __init__(self, kind:str='spatial', every:float=1.): # every: seconds between two drawings
         self.kind, self.every, self.last_drawn = kind, every, 0.
-        self.steps, self.losses, self.figure = [], {}, None
+        self.lines, self.begun, self.figure = [], time.time(), None
 
     def __call__(self, run:TrainingRun):
         "Take in a step; draw when it is time."
-        self.steps.append(run.step)
-        for name, losses in run.metrics['teachers'].items():
-            self.losses.setdefault(name, []).append(losses.get(self.kind))
+        if not self.lines: self.begun = time.time()
+        self.lines.append({'step': run.step, **{key: run.metrics.get(key, {}) for key in ('teachers', 'evaluation')}})
         if time.time() - self.last_drawn < self.every and run.step < run.total: return
         self.last_drawn = time.time()
         self.draw(run.total)
 
+    def curves(self)->dict[str, tuple[list, list]]: # steps and values by name
+        "The losses, and what the student explains."
+        found = {}
+        for line in self.lines:
+            for name, losses in line['teachers'].items():
+                if self.kind in losses: found.setdefault(name, []).append((line['step'], losses[self.kind]))
+            for name, match in line['evaluation'].get('match', {}).items():
+                if 'explained' not in match: continue
+                found.setdefault(f'{name} explained', []).append((line['step'], match['explained']))
+        return {name: tuple(map(list, zip(*points))) for name, points in found.items()}
+
+    def title(self, total:int)->str:
+        "How far the run is, its rate, and the time left."
+        first, last = self.lines[0]['step'], self.lines[-1]['step']
+        if last == first: return f'step {last} of {total}'
+        rate = (last - first)/max(time.time() - self.begun, 1e-9)
+        return f'step {last} of {total}, {rate:.2f}/s, {hours_minutes_seconds((total - last)/rate)} left'
+
     def draw(self, total:int):
         "Show the figure, or bring it up to date."
+        curves = self.curves()
         if self.figure is None:
             from IPython.display import display
-            figure = go.Figure([go.Scatter(name=name, mode='lines') for name in self.losses])
-            self.figure = go.FigureWidget(layout(figure, xaxis_title='step', yaxis_title=f'{self.kind} loss'))
+            figure = layout(go.Figure(), title='', xaxis_title='step', yaxis_title=f'{self.kind} loss', showlegend=True)
+            figure.update_layout(legend_x=1.12)
+            figure.update_layout(yaxis2=dict(title='explained', overlaying='y', side='right', showgrid=False))
+            self.figure = go.FigureWidget(figure)
             self.figure.update_xaxes(range=[0, total])
             display(self.figure)
+        known = {trace.name for trace in self.figure.data}
+        for name in curves.keys() - known: self.figure.add_trace(self.trace(name))
         with self.figure.batch_update():
-            for trace, values in zip(self.figure.data, self.losses.values()): trace.x, trace.y = self.steps, values
+            self.figure.layout.title.text = self.title(total)
+            for trace in self.figure.data: trace.x, trace.y = curves[trace.name]
+
+    def trace(self, name:str)->go.Scatter:
+        "A curve without points yet."
+        match = name.endswith(' explained')
+        return go.Scatter(name=name, mode='lines+markers' if match else 'lines', yaxis='y2' if match else 'y')
 
 # %% ../../nbs/front/04_run.ipynb #67b5124b
 def free_folder(home:str='runs')->str:
@@ -244,7 +278,8 @@ def distill(
     recipe, inputs = Recipe(**values), Inputs(dataset, objects, crop)
     if finished(Path(recipe.out)): return opened(recipe, inputs)
     if live is None: live = in_notebook() and find_spec('anywidget') is not None
-    callbacks = Callbacks(_both(LiveCurves(), on_step) if live else on_step, on_checkpoint, on_end)
+    evaluate = WhileTraining(recipe) if recipe.evaluate_every and check_recipe(recipe) else ignore
+    callbacks = Callbacks(_both(LiveCurves(), on_step) if live else on_step, on_checkpoint, on_end, evaluate)
     return Run(run_recipe(recipe, resume, inputs, callbacks), inputs)
 
 def _plain(value):

@@ -157,6 +157,11 @@ class Recipe(Checked):
     checkpoint_every: AtLeast1 = 100    # steps between checkpoints
     keep: AtLeast1 = 2                  # how many checkpoints to keep
     watch_every: AtLeast0 = 200         # steps between measurements of each teacher's gradient; 0 for never
+    evaluate_every: AtLeast0 = 0        # steps between evaluations on images held out, and by kNN; 0 for never
+    evaluate_train: str = ''            # for that kNN: labelled images to learn from, as evaluate --train has them
+    evaluate_test: str = ''             # for that kNN: labelled images to be tested on
+    # what the best student is best at; it is saved in OUT/best, beside that of the last step
+    keep_best: Literal['', 'explained', 'cosine', 'summary_cosine', 'knn'] = ''
     trackers: tuple[str, ...] = ()      # of Accelerate that also get the metrics, such as tensorboard or wandb
     project: str = 'radio_nb'           # what the trackers call all runs together; each is called by its folder
 
@@ -215,7 +220,7 @@ def _table(cls, table):
 
 # %% ../../nbs/training/00_recipe.ipynb #56aafe16
 _may_differ = {'out', 'device', 'teacher_device', 'workers', 'checkpoint_every', 'keep', 'watch_every', 'trackers',
-               'project'}
+               'project', 'evaluate_every', 'evaluate_train', 'evaluate_test'}
 
 def difference(
     recipe:Recipe,
@@ -264,7 +269,10 @@ def check_names(recipe:Recipe):
     for spec in teacher_names(recipe.teachers).values(): check_spec(spec)
     check_spec(recipe.student if ':' in recipe.student else f'timm:{recipe.student}@random')
     if recipe.stem: check_spec(recipe.stem)
-    source = recipe.images.removeprefix('stream:')
+    for source in filter(None, (recipe.evaluate_train, recipe.evaluate_test)): _check_source(source)
+    _check_source(recipe.images.removeprefix('stream:'))
+
+def _check_source(source):
     file = source.rpartition('#')[0] or source   # behind it a column may be named
     if source.startswith(('hf:', 'zoo:', 'python:')): return
     try: there = bool(source) and (Path(source).exists() or Path(file).exists())

@@ -4,19 +4,23 @@
 
 # %% auto #0
 __all__ = ['NOTHING', 'SILENT', 'Inputs', 'Prepared', 'best_device', 'prepare', 'new_student', 'new_distill_step', 'identity',
-           'last_normalizers', 'export_student', 'saved_student', 'go_on_from', 'teacher_fingerprint', 'fingerprints',
-           'began_alike', 'check_readable', 'check_sizes', 'ignore', 'Callbacks', 'TrainingRun', 'measured_before',
-           'start_stage', 'watch_gradients', 'train_stage', 'begin', 'start_trackers', 'finish', 'run_recipe']
+           'last_normalizers', 'as_saved', 'export_student', 'saved_student', 'go_on_from', 'teacher_fingerprint',
+           'fingerprints', 'began_alike', 'check_readable', 'check_sizes', 'ignore', 'Callbacks', 'TrainingRun',
+           'measured_before', 'start_stage', 'watch_gradients', 'random_state_kept', 'mean_measure', 'keep_best',
+           'evaluate_student', 'train_stage', 'begin', 'start_trackers', 'export_best', 'finish', 'run_recipe']
 
 # %% ../../nbs/training/08_train.ipynb #ae284f85
 import json
+import random
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields
+from math import isfinite, nan
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -120,14 +124,25 @@ def last_normalizers(widths:dict[str, tuple[int, int]], out:Path)->dict[str, Nor
     "The normalizers at the end of a run, of all teachers; a run may have been ended before one was measured."
     return {name: identity(width) for name, (_, width) in widths.items()} | load_normalizers(widths, out)
 
+def as_saved(
+    recipe:Recipe,
+    widths:dict[str, tuple[int, int]], # see `new_student`
+    weights:dict,                      # of its student in training
+    normalizers:dict[str, Normalizer], # of the teachers that were measured
+)->Student:
+    "A student in the form in which it is saved."
+    student = new_student(recipe, widths)
+    student.load_state_dict(weights)
+    everyone = {name: identity(width) for name, (_, width) in widths.items()} | normalizers
+    return fold_heads(remove_neck(student), everyone)
+
 def export_student(recipe:Recipe, widths:dict[str, tuple[int, int]], state:dict, out:Path):
     "Write the student of a checkpoint into the folder of its run."
-    student = new_student(recipe, widths)
     own = {key[len('student.'):]: tensor for key, tensor in state['weights'].items() if key.startswith('student.')}
-    student.load_state_dict(state.get('ema', own))
-    for name in widths.keys() - load_normalizers(widths, out).keys():
+    normalizers = load_normalizers(widths, out)
+    for name in widths.keys() - normalizers.keys():
         print(f'the run ended before teacher {name} took part: its head has learned nothing', file=sys.stderr)
-    fold_heads(remove_neck(student), last_normalizers(widths, out)).save_pretrained(out)
+    as_saved(recipe, widths, state.get('ema', own), normalizers).save_pretrained(out)
 
 # %% ../../nbs/training/08_train.ipynb #a3f5dc4e
 def saved_student(recipe:Recipe, student:Student)->Student|None: # student: the one to come
@@ -189,13 +204,14 @@ def check_sizes(recipe:Recipe, plan:tuple[StagePlan, ...], student:Student, proc
         check_microbatch(student, images//recipe.accumulate)
 
 # %% ../../nbs/training/08_train.ipynb #1c2c0cbc
-def ignore(run): "A callback that does nothing with a `TrainingRun`."
+def ignore(run, *more): "A callback that does nothing with a `TrainingRun`."
 
 class Callbacks(NamedTuple):
-    "Functions of the `TrainingRun`, called by the first process."
+    "Functions of the `TrainingRun`, called by the first process alone."
     on_step: Callable = ignore        # after every step
     on_checkpoint: Callable = ignore  # after every checkpoint
     on_end: Callable = ignore         # when the student has been saved
+    evaluate: Callable = ignore       # of the run and its student as it would be saved: measures for the log
 
 SILENT = Callbacks()
 
@@ -212,6 +228,7 @@ class TrainingRun:
         self.trainer, self.metrics, self.warned, self.stop_asked = None, {}, False, False
         self.state = load_checkpoint(out/'checkpoints')   # the last one; None before the first
         self.saved = None if self.state else saved_student(recipe, self.student)
+        self.best = self.state.get('best') if self.state else None   # the best student so far, see `keep_best`
         self.skipped = dict(self.state['skipped']) if self.state else {}   # images that cannot be used, with the reason
 
     @property
@@ -224,11 +241,17 @@ class TrainingRun:
         "End the run after this step, with the student as it is."
         self.stop_asked = True
 
+    def student_now(self)->Student:
+        "A copy of the student as it would be saved now, in evaluation mode. Draws random numbers."
+        weights = self.trainer.state.students()[-1].state_dict()   # the average where there is one
+        student = as_saved(self.recipe, self.widths, weights, self.trainer.normalizers)
+        return student.to(self.trainer.device).eval()
+
     def checkpoint(self, ended:bool=False): # ended: whether the run ends here, before its last step
         "Write a checkpoint; to be called on all processes."
         skipped = {path: why for one in gather_object([self.skipped]) for path, why in one.items()}
         self.state = {'step': self.trainer.step, 'trainer': self.trainer.state_dict(), 'skipped': skipped,
-                      'recipe': recipe_toml(self.recipe), 'ended': ended}
+                      'recipe': recipe_toml(self.recipe), 'ended': ended, 'best': self.best}
         if not self.main: return
         save_checkpoint(self.out/'checkpoints', self.state, self.recipe.keep)
         self.callbacks.on_checkpoint(self)
@@ -268,6 +291,44 @@ def watch_gradients(run:TrainingRun, batches:tuple[Batch, ...])->dict:
     run.warned = run.warned or bool(warning)
     return {'gradient_norms': norms}
 
+# %% ../../nbs/training/08_train.ipynb #806c9441
+@contextmanager
+def random_state_kept(device:torch.device)->Iterator[None]:
+    "Within it random numbers may be drawn; afterwards all generators go on as before."
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == 'cuda' else []): yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+def mean_measure(
+    found:dict,   # by `Callbacks.evaluate`
+    measure:str,  # 'knn', or one of the match
+)->tuple[float, list[str]]: # NaN where it was not measured; the teachers of which it is the mean
+    "An evaluation as one number."
+    if measure == 'knn': return found.get('knn', nan), []
+    values = {name: by_measure[measure] for name, by_measure in found.get('match', {}).items() if measure in by_measure}
+    return (sum(values.values())/len(values) if values else nan), list(values)
+
+def keep_best(run:TrainingRun, student:Student, found:dict): # found: by `Callbacks.evaluate`
+    "Remember a student where it is the best so far."
+    value, teachers = mean_measure(found, run.recipe.keep_best)
+    if not isfinite(value): return
+    if run.best and run.best['teachers'] == teachers and value <= run.best['value']: return
+    weights = {key: tensor.cpu() for key, tensor in student.state_dict().items()}
+    run.best = {'step': run.step, 'value': value, 'teachers': teachers, 'weights': weights}
+
+def evaluate_student(run:TrainingRun)->dict:
+    "What is added to the log when it is time to evaluate the student: also after the last step."
+    due = run.recipe.evaluate_every and (run.step % run.recipe.evaluate_every == 0 or run.step == run.total)
+    if not due or not run.main: return {}
+    with run.trainer.timer('evaluation'), random_state_kept(run.trainer.device):
+        student = run.student_now()
+        found = run.callbacks.evaluate(run, student)
+        if run.recipe.keep_best: keep_best(run, student, found)
+    return {'evaluation': found}
+
 # %% ../../nbs/training/08_train.ipynb #ab1786a9
 def train_stage(run:TrainingRun, plan:StagePlan):
     "All steps of a stage that are left. Raises `Stopped` when a signal asked for it."
@@ -279,7 +340,8 @@ def train_stage(run:TrainingRun, plan:StagePlan):
         for batches in trainer.timer.each(streams, 'data'):
             for batch in batches: run.skipped.update(batch.skipped)
             watched = watch_gradients(run, batches)
-            run.metrics = trainer(*batches) | watched | {'seconds': trainer.timer.read()}
+            run.metrics = trainer(*batches) | watched
+            run.metrics |= evaluate_student(run) | {'seconds': trainer.timer.read()}
             if run.main: metrics.write(json.dumps(run.metrics) + '\n')
             if recipe.trackers: accelerator.log(flatten_metrics(run.metrics), step=trainer.step)
             progress(trainer.step, f'loss {run.metrics["loss"]:.3f}')
@@ -301,7 +363,7 @@ def begin(run:TrainingRun):
     run.accelerator.wait_for_everyone()   # all have looked
     if run.main:
         if not begun(out) and not began_alike(recipe, inputs, out): forget_statistics(out)
-        for part in out.glob('*.part'): part.unlink()   # of a run that was killed while it wrote
+        for part in [*out.glob('*.part'), *out.glob('best/*.part')]: part.unlink()   # of a run killed while it wrote
         write_json(out/'inputs.json', inputs)   # first: it marks the folder as ours
         atomic_write(out/'recipe.toml', recipe_toml(recipe))
     run.accelerator.wait_for_everyone()
@@ -317,10 +379,18 @@ def start_trackers(run:TrainingRun):
     run.accelerator.init_trackers(run.recipe.project, config,
                                   {tracker: names[tracker] for tracker in run.recipe.trackers if tracker in names})
 
+def export_best(recipe:Recipe, widths:dict[str, tuple[int, int]], best:dict, out:Path): # best: from `keep_best`
+    "Write the best student into a folder of its own, and which one it is."
+    student = remove_neck(new_student(recipe, widths))
+    student.load_state_dict(best['weights'])
+    student.save_pretrained(out/'best')
+    write_json(out/'best'/'best.json', {'measure': recipe.keep_best, 'value': best['value'], 'step': best['step']})
+
 def finish(run:TrainingRun):
-    "Write the student of a run that has ended."
+    "Write the student of a run that has ended; `student.safetensors` is that of its last step, and comes last of all."
     recipe, out = run.recipe, run.out
     if run.state['skipped']: atomic_write(out/'skipped.json', json.dumps(run.state['skipped'], indent=2))
+    if run.best: export_best(recipe, run.widths, run.best, out)
     export_student(recipe, run.widths, run.state['trainer'], out)
     run.student = Student.from_pretrained(out)
     run.callbacks.on_end(run)
@@ -336,6 +406,8 @@ def run_recipe(
     plan = check_recipe(recipe)
     check_names(recipe)
     check_machine(recipe)
+    if recipe.evaluate_every and callbacks.evaluate is ignore:
+        raise BadInput('evaluate_every: nobody says what to measure; call radio_nb.distill, or give callbacks evaluate')
     out = check_folder(recipe, resume)
     uneven = 0. in recipe.spatial_weights or recipe.heads_only or len(plan) > 1 or len(plan[0].parts) > 1
     tracking = dict(log_with=list(recipe.trackers) or None, project_dir=out)
