@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCALE', 'RATIO', 'TRIES', 'random_box', 'height_width', 'random_crop', 'centre_crop', 'padded_crop', 'resize',
-           'shortest_side', 'Crop', 'first_readable', 'Crops', 'dead_workers_named', 'fetch', 'Batch', 'collate',
-           'image_batches']
+           'to_device', 'Pixels', 'shortest_side', 'Crop', 'first_readable', 'Crops', 'dead_workers_named', 'fetch',
+           'Batch', 'collate', 'image_batches', 'batches_ahead']
 
 # %% ../../nbs/data/01_crops.ipynb #0dbe19eb
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -85,6 +85,29 @@ def resize(
     "Images of another size; the same where it is theirs."
     size = height_width(size)
     return images if images.shape[-2:] == size else F.interpolate(images, size, mode='bilinear', antialias=True)
+
+# %% ../../nbs/data/01_crops.ipynb #bc119553
+def to_device(tensor:Tensor, device:torch.device)->Tensor:
+    "A tensor on a device; a GPU is not waited for."
+    if tensor.device.type == 'cpu' and device.type == 'cuda': tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+class Pixels:
+    "The images of a batch on a device, in [0, 1]; each size of them is made once."
+    def __init__(self,
+        images:Tensor,        # (B, 3, H, W) uint8
+        device:torch.device,
+    ):
+        self.full = to_device(images, device)/255
+        self.made = {tuple(images.shape[-2:]): self.full}
+
+    def at(self,
+        size:int|tuple[int, int],  # see `resize`
+    )->Tensor:                     # (B, 3, h, w)
+        "The images at a size."
+        size = height_width(size)
+        if size not in self.made: self.made[size] = resize(self.full, size)
+        return self.made[size]
 
 # %% ../../nbs/data/01_crops.ipynb #7fe4e0bf
 def shortest_side(
@@ -250,3 +273,30 @@ def image_batches(
     positions = _positions(batch_size, rank, world, span)
     firsts = range(start*batch_size, steps*batch_size, batch_size)
     return crops.batches((range(first + positions.start, first + positions.stop, world) for first in firsts), workers)
+
+# %% ../../nbs/data/01_crops.ipynb #d517652d
+def batches_ahead(
+    steps:Iterable[tuple[Batch, ...]],  # for each step a batch from each source
+    device:torch.device,
+)->Iterator[tuple[Batch, ...]]:
+    "The same batches; their images come to a GPU while the step before is computed."
+    if device.type != 'cuda':
+        yield from steps
+        return
+    queue = torch.cuda.Stream(device)
+    def copied(batch):
+        with torch.cuda.stream(queue):
+            masks = batch.masks if batch.masks is None else to_device(batch.masks, device)
+            return batch._replace(images=to_device(batch.images, device), masks=masks)
+    def arrived(batches, event):
+        torch.cuda.current_stream(device).wait_event(event)
+        for batch in batches:   # their memory is not to be given to another while this stream uses it
+            for x in (batch.images, batch.masks):
+                if x is not None: x.record_stream(torch.cuda.current_stream(device))
+        return batches
+    before = None
+    for batches in steps:
+        now = [copied(batch) for batch in batches], queue.record_event()
+        if before: yield arrived(*before)
+        before = now
+    if before: yield arrived(*before)

@@ -31,6 +31,7 @@ from ..data.crops import random_crop
 from ..data.files import hours_minutes_seconds, in_notebook, read_json
 from ..training.recipe import Recipe, difference, read_recipe
 from ..training.run_folder import check_inputs, finished, read_metrics, recipe_of
+from ..training.monitor import read_logs
 from ..training.stages import check_recipe
 from ..training.train import NOTHING, Callbacks, Inputs, Prepared, TrainingRun, fingerprints, ignore
 from ..training.train import prepare, run_recipe
@@ -188,14 +189,17 @@ class LiveCurves:
     "A figure of every teacher's loss and match that grows while a run goes on; a callback for `on_step`."
     def __init__(self, kind:str='spatial', every:float=1.): # every: seconds between two drawings
         self.kind, self.every, self.last_drawn = kind, every, 0.
-        self.lines, self.begun, self.figure = [], time.time(), None
+        self.logs, self.lines, self.begun, self.figure = [], [], time.time(), None   # logs: not read yet
 
     def __call__(self, run:TrainingRun):
         "Take in a step; draw when it is time."
-        if not self.lines: self.begun = time.time()
-        self.lines.append({'step': run.step, **{key: run.metrics.get(key, {}) for key in ('teachers', 'evaluation')}})
+        if not self.lines and not self.logs: self.begun = time.time()
+        self.logs.append(run.log)
         if time.time() - self.last_drawn < self.every and run.step < run.total: return
         self.last_drawn = time.time()
+        for line in read_logs(self.logs):
+            self.lines.append({key: line.get(key, {}) for key in ('step', 'teachers', 'evaluation')})
+        self.logs = []
         self.draw(run.total)
 
     def curves(self)->dict[str, tuple[list, list]]: # steps and values by name

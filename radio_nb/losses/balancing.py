@@ -6,7 +6,8 @@
 __all__ = ['BALANCES', 'BETAS', 'ema_step', 'AdaLoss', 'UncertaintyWeights']
 
 # %% ../../nbs/losses/02_balancing.ipynb #9f3fdc06
-from math import log
+from collections.abc import Collection
+from math import log, nan
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,7 @@ class AdaLoss(nn.Module):
         if not 0 < momentum < 1: raise ValueError(f'momentum must lie between 0 and 1, got {momentum}')
         super().__init__()
         self.names, self.momentum = sorted(names), momentum   # sorted: a resumed run may list its teachers otherwise
+        self.known = set()   # terms that have an average, or a stand-in, as far as is known without looking
         self.register_buffer('average', torch.zeros(len(names)))
         self.register_buffer('steps', torch.zeros(len(names), dtype=torch.long))
 
@@ -49,19 +51,25 @@ class AdaLoss(nn.Module):
         divisors = torch.where(self.average > 0, self.average, 1)
         return {name: terms[name]/divisor for name, divisor in zip(self.names, divisors) if name in terms}
 
-    def without_average(self)->set[str]:
+    def without_average(self,
+        among:Collection[str]|None=None, # these terms; all by default
+    )->set[str]:
         "The terms that no step has had yet."
-        return {name for name, steps in zip(self.names, self.steps.tolist()) if not steps}
+        among = set(self.names if among is None else among)
+        if not among <= self.known:   # else nothing is read from the device
+            self.known = {name for name, steps in zip(self.names, self.steps.tolist()) if steps}
+        return among - self.known
 
     def begin(self,
-        terms:dict[str, float],  # losses of a step that is to come
+        terms:dict[str, float|Tensor],  # losses of a step that is to come
     ):
         "Let these stand in for the averages that terms do not have yet."
         losses = self._stack(terms)
         self.average.copy_(torch.where((self.steps == 0) & losses.isfinite(), losses, self.average))
+        self.known |= terms.keys()
 
     def update(self,
-        terms:dict[str, float],  # of the whole step, by name; one that is missing or not finite changes nothing
+        terms:dict[str, float|Tensor],  # of the whole step, by name; one that is missing or not finite changes nothing
     ):
         "Take the losses of a step into the averages, once and after it."
         average, steps = ema_step(self.average, self.steps, self._stack(terms), self.momentum)
@@ -74,7 +82,13 @@ class AdaLoss(nn.Module):
     def _stack(self, terms):
         "The terms as one vector, NaN where one is missing."
         self._check(terms)
-        return self.average.new_tensor([float(terms.get(name, 'nan')) for name in self.names])
+        values = [terms.get(name, nan) for name in self.names]
+        def scalar(x): return x.to(self.average) if isinstance(x, Tensor) else self.average.new_full((), x)
+        return torch.stack([scalar(x) for x in values])
+
+    def _load_from_state_dict(self, *args):
+        self.known = set()
+        super()._load_from_state_dict(*args)
 
 # %% ../../nbs/losses/02_balancing.ipynb #88570e64
 class UncertaintyWeights(nn.Module):

@@ -73,13 +73,14 @@ class MultiTeacherLoss(nn.Module):
     def needs_begin(self, teachers:Collection[str])->bool:
         "Whether AdaLoss has no average yet for a term of these teachers."
         if not isinstance(self.balance, AdaLoss): return False
-        return any(term.rsplit(' ', 1)[0] in teachers for term in self.balance.without_average())
+        terms = [term for term in self.balance.names if term.rsplit(' ', 1)[0] in teachers]
+        return bool(self.balance.without_average(terms))
 
-    def begin(self, losses:dict[str, dict[str, float]]): # by teacher and kind
+    def begin(self, losses:dict[str, dict[str, Tensor]]): # scalars by teacher and kind
         "Let AdaLoss divide by these, of a step that is to come, where it has no average yet."
         if isinstance(self.balance, AdaLoss): self.balance.begin(self._balanced(losses))
 
-    def update(self, losses:dict[str, dict[str, float]]): # by teacher and kind
+    def update(self, losses:dict[str, dict[str, Tensor]]): # scalars by teacher and kind
         "Tell AdaLoss the losses of a whole step, once and after it."
         if isinstance(self.balance, AdaLoss): self.balance.update(self._balanced(losses))
 

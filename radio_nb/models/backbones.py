@@ -6,6 +6,7 @@
 __all__ = ['TimmNetwork', 'find_network', 'strides', 'Stages', 'Backbone', 'Stem', 'Transformer', 'Pyramid', 'new_backbone']
 
 # %% ../../nbs/models/08_backbones.ipynb #6f716343
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d, PatchEmbed
 from timm.models import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..targets.features import Features
 from ..targets.bad_input import BadInput
@@ -188,6 +190,10 @@ class Transformer(Backbone):
             raise BadInput(f'windows of {side} × {side} patches do not tile a grid of {h} × {w}')
         return side
 
+    def checkpoint_activations(self):
+        "From now on keep of each block what goes in, and compute the rest again for the gradient."
+        for block in self.blocks: block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
     def no_weight_decay(self)->set[str]:
         "Parameters that are tokens, not weights, and therefore not decayed (timm's convention)."
         return {'prefix', 'positions.table'}
@@ -225,6 +231,15 @@ class Pyramid(Backbone):
             reason = (str(e).strip() or type(e).__name__).splitlines()[0][:100]
             raise BadInput(f'{self.architecture} does not see images of any size ({reason}); convnext_atto does') from e
         self.train()
+
+    def checkpoint_activations(self):
+        "As a transformer does, where timm knows how. Raises `BadInput` for batch normalization."
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules()):
+            raise BadInput(f'checkpoint_activations: {self.architecture} has batch normalization, which would count '
+                           'every batch twice; leave it out')
+        try: self.stages.model.set_grad_checkpointing()
+        except (AssertionError, AttributeError) as e:
+            raise BadInput(f'checkpoint_activations: timm cannot do so for {self.architecture}; leave it out') from e
 
     def no_weight_decay(self)->set[str]:
         "What the network itself exempts (timm's convention)."

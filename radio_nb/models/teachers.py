@@ -11,6 +11,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from fractions import Fraction
 from math import isfinite
 from pathlib import Path
@@ -31,7 +32,7 @@ from .feature_extraction import clip_features, hf_features, summary_kind, timm_f
 
 # %% ../../nbs/models/05_teachers.ipynb #91b7506b
 class Teacher(nn.Module):
-    "A pretrained model, frozen: images (B, 3, H, W) in [0, 1] to `Features` in float32."
+    "A pretrained model, frozen: images (B, 3, H, W) in [0, 1] to `Features`, in float32 unless it is `lowered`."
     def __init__(self,
         name:str,                                # what messages and reports call it
         model:nn.Module,                         # the network
@@ -45,6 +46,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.name, self.features, self.size, self.summary_kind = name, features, size, summary_kind
         self.source = source or type(model).__name__
+        self.precision = torch.float32   # of its products, and of what it gives
         # channels last in memory: convolutions run a third faster for it, transformers do not mind
         self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.register_buffer('mean', torch.tensor(mean).reshape(3, 1, 1))
@@ -61,12 +63,19 @@ class Teacher(nn.Module):
         "The teacher's features of a batch of images. Raises `BadInput` for whole numbers."
         size = tuple(size or (self.size, self.size))
         if not images.is_floating_point(): raise BadInput(f'images must lie in [0, 1]: divide {images.dtype} by 255')
-        with torch.inference_mode():
+        half = self.precision is torch.bfloat16
+        with torch.inference_mode(), torch.autocast(self.mean.device.type, torch.bfloat16, enabled=half):
             images = images.float()
             if images.shape[-2:] != size: images = F.interpolate(images, size, mode='bilinear', antialias=True)
             normalized = ((images - self.mean)/self.std).to(self.mean.dtype, memory_format=torch.channels_last)
             summary, spatial = self.features(normalized)
-        return Features(summary.float().clone(), spatial.float().clone())
+        return Features(*(x.to(self.precision, copy=True) for x in (summary, spatial)))
+
+    def lowered(self)->'Teacher':
+        "The same teacher, with the same weights, whose products are in bfloat16 and whose features are, too."
+        teacher = copy(self)
+        teacher.precision = torch.bfloat16
+        return teacher
 
     def widths(self,
         size:tuple[int, int]|None=None,     # height and width of the images; its own square by default

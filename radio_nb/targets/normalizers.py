@@ -88,10 +88,11 @@ def multiply(
 def in_slices(
     f,              # maps (n, C) to (n, C), row by row
     y:Tensor,       # (..., C), of a floating dtype
-    size:int=2**21, # how many numbers are mapped at a time
+    size:int=0,     # how many numbers are mapped at a time; 0: what fits a CPU's cache, or a GPU's memory
 )->Tensor:          # of the shape and dtype of y
     "Map the vectors of `y` in float32, inside autocast as outside."
     rows = y.reshape(-1, y.shape[-1])
+    size = size or (2**21 if y.device.type == 'cpu' else 2**27)
     out, step = torch.empty_like(rows), max(1, size//rows.shape[1])
     with torch.autocast(y.device.type, enabled=False):
         for i in range(0, len(rows), step): out[i:i+step] = f(rows[i:i+step].float())

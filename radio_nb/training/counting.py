@@ -37,7 +37,7 @@ from ..losses.methods import METHODS
 from ..losses.multi_teacher import MultiTeacherLoss
 from ..models.specs import parse_spec
 from ..models.teachers import Teacher, load_teacher
-from ..data.crops import Batch
+from ..data.crops import Batch, Pixels
 from .recipe import Recipe, teacher_names, teacher_weights
 from .stages import BatchPartition
 from .teacher_cache import teacher_features
@@ -167,6 +167,7 @@ def untrained_step(recipe:Recipe, widths:dict[str, tuple[int, int]])->DistillSte
     student = new_student(replace(recipe, student=untrained(recipe.student), stem=untrained(recipe.stem)), widths)
     loss = MultiTeacherLoss(recipe.method, *teacher_weights(recipe, list(widths)), recipe.balance, recipe.grid)
     with torch.device('cpu'): cifd = _blank_cifd(recipe, widths) if recipe.information else None
+    if recipe.checkpoint_activations: student.backbone.checkpoint_activations()
     return DistillStep(student, loss, cifd, recipe.precision == 'bfloat16')
 
 # %% ../../nbs/training/09_counting.ipynb #a1000057
@@ -205,14 +206,14 @@ class PartCost(NamedTuple):
 def _pass(part, size, images, recipe, networks, meter):
     "A microbatch: laps of each teacher and of the student, there and back; and bytes of each teacher's features."
     batch = Batch(torch.empty(images, 3, *size, dtype=torch.uint8), {}, torch.zeros(images, dtype=torch.int64))
-    features, costs = {}, {}
+    features, costs, pixels = {}, {}, Pixels(batch.images, batch.images.device)
     for name in part.weights:
-        features |= teacher_features({name: networks.teachers[name]}, batch, batch.images.device)
+        features |= teacher_features({name: networks.teachers[name]}, batch, batch.images.device, pixels=pixels)
         costs[name] = meter.lap()
     cached = {name: 4 + sum(2*x[0].numel() for x in own) for name, own in features.items()}
     def loss():
         targets = normalize_targets(features, networks.normalizers, 0)
-        return networks.step(batch.images/255, targets, part, dict.fromkeys(targets, 1.))[0]
+        return networks.step(pixels.at(part.size), targets, part, dict.fromkeys(targets, 1.))[0]
     total = loss()/recipe.accumulate
     features.clear()
     costs['forward'] = meter.lap()

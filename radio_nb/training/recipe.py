@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['AtLeast0', 'AtLeast1', 'NotNegative', 'Positive', 'Fraction', 'Share', 'Probability', 'Size', 'RECIPES', 'Interval',
            'fits', 'wanted', 'check_values', 'Checked', 'Partition', 'Stage', 'Recipe', 'recipe_toml', 'read_recipe',
-           'recipe_file', 'parse_recipe', 'difference', 'teacher_names', 'teacher_weights', 'check_rates',
-           'check_names']
+           'recipe_file', 'parse_recipe', 'difference', 'teacher_names', 'teacher_weights', 'teacher_precisions',
+           'check_rates', 'check_names']
 
 # %% ../../nbs/training/00_recipe.ipynb #f96fc4cf
 import tomllib
@@ -141,9 +141,12 @@ class Recipe(Checked):
     hold_out: AtLeast0 = 0              # images kept from training, to evaluate the student on
     seed: AtLeast0 = 0                  # of everything random
     precision: Literal['float32', 'bfloat16'] = 'float32'  # of the student's matrix products
+    # of the teachers' matrix products, one for all or one for each; auto: bfloat16 on a GPU that computes in it
+    teacher_precision: tuple[Literal['auto', 'float32', 'bfloat16'], ...] = ('auto',)
+    checkpoint_activations: bool = False # keep only what goes into a block, and compute the block again; saves memory
     shard: bool = False                 # whether each process holds a shard of the weights (FSDP), or a copy (DDP)
-    compile: str = ''                   # backend of torch.compile for the student, such as inductor; none: eager
-    device: str = 'auto'                # cpu, cuda, cuda:1, mps; auto takes the best there is
+    compile: str = ''                   # backend of torch.compile for all networks, such as inductor; none: eager
+    device: str = 'auto'                # cpu, cuda, cuda:1, mps; auto takes the first there is of cuda, mps, cpu
     teacher_device: str = ''            # where the teachers are, if not with the student
     workers: AtLeast0 = 0               # processes that decode images
     draft: bool = False                 # decode large JPEGs smaller where a crop allows it; faster, and other pixels
@@ -154,6 +157,7 @@ class Recipe(Checked):
     information_weight: NotNegative = 1.  # of all modules of a teacher together, beside its own 1
     bottleneck: NotNegative = 1e-3      # with information: the penalty on a nat of each student vector; 0 for none
     kd_dropout: Fraction = .25          # with information: how often a teacher or module is left out of a step
+    log_every: AtLeast1 = 10            # steps between readings of losses and times from the device
     checkpoint_every: AtLeast1 = 100    # steps between checkpoints
     keep: AtLeast1 = 2                  # how many checkpoints to keep
     watch_every: AtLeast0 = 200         # steps between measurements of each teacher's gradient; 0 for never
@@ -219,8 +223,8 @@ def _table(cls, table):
     return cls(**table)
 
 # %% ../../nbs/training/00_recipe.ipynb #56aafe16
-_may_differ = {'out', 'device', 'teacher_device', 'workers', 'checkpoint_every', 'keep', 'watch_every', 'trackers',
-               'project', 'evaluate_every', 'evaluate_train', 'evaluate_test'}
+_may_differ = {'out', 'device', 'teacher_device', 'workers', 'log_every', 'checkpoint_every', 'keep', 'watch_every',
+               'trackers', 'project', 'evaluate_every', 'evaluate_train', 'evaluate_test'}
 
 def difference(
     recipe:Recipe,
@@ -256,6 +260,19 @@ def teacher_weights(recipe:Recipe, names:list[str])->tuple[dict[str, float], dic
             raise BadInput(f'{field}: {len(weights)} numbers for {len(names)} teachers')
         return dict(zip(names, weights or [1.]*len(names)))
     return by_name('summary_weights', recipe.summary_weights), by_name('spatial_weights', recipe.spatial_weights)
+
+def teacher_precisions(
+    recipe:Recipe,
+    names:list[str],  # of the teachers
+    half:bool,        # whether the device computes in bfloat16, for auto
+)->dict[str, str]:    # 'float32' or 'bfloat16'
+    "The precision of each teacher. Raises `BadInput` where their number is wrong."
+    given = recipe.teacher_precision
+    if len(given) not in (1, len(names)):
+        raise BadInput(f'teacher_precision: {len(given)} values for {len(names)} teachers; give one, or one for each')
+    given = given*len(names) if len(given) == 1 else given
+    auto = 'bfloat16' if half else 'float32'
+    return {name: auto if precision == 'auto' else precision for name, precision in zip(names, given)}
 
 # %% ../../nbs/training/00_recipe.ipynb #a14cc260
 def check_rates(recipe:Recipe):

@@ -12,10 +12,12 @@ from typing import NamedTuple
 
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from torch import Tensor
 
 from ..targets.bad_input import BadInput, unknown
 from ..data.crops import height_width
-from .recipe import Partition, Recipe, Stage, check_rates, teacher_names, teacher_weights
+from .recipe import Partition, Recipe, Stage, check_rates, teacher_names, teacher_precisions
+from .recipe import teacher_weights
 
 # %% ../../nbs/training/02_stages.ipynb #7d8b9e7c
 class BatchPartition(NamedTuple):
@@ -93,6 +95,7 @@ def check_recipe(recipe:Recipe)->tuple[StagePlan, ...]: # the stages, worked out
     if not any(summary.values()) and not any(spatial.values()):
         raise BadInput('all summary_weights and spatial_weights are 0: there would be nothing to learn')
     check_rates(recipe)
+    teacher_precisions(recipe, names, half=False)
     plans = plan_stages(recipe, names)
     for part in (part for plan in plans for part in plan.parts):
         if not any(summary[name] or spatial[name] for name in part.weights):
@@ -177,12 +180,15 @@ def learning_rate(
 
 # %% ../../nbs/training/02_stages.ipynb #47a59899
 def teacher_dropout(
-    losses:dict[str, float], # of the teachers in the step before; those that have none yet stay active
-    names:list[str],         # of all teachers
-    dropout:float,           # how often a teacher is left out
-    seed:int,                # of this step
-)->dict[str, float]:         # 1 for a teacher that is active in this step, 0 for one that is left out
-    "Teacher dropout that spares the worst match (UNIC)."
-    draws = torch.rand(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
-    worst = max(losses, key=losses.get, default=None)
-    return {name: float(name == worst or name not in losses or draw >= dropout) for name, draw in zip(names, draws)}
+    losses:dict[str, Tensor], # scalars, of the teachers in the step before; those that have none yet stay active
+    names:list[str],          # of all teachers
+    dropout:float,            # how often a teacher is left out
+    seed:int,                 # of this step
+)->dict[str, float|Tensor]:   # 1 for a teacher that is active in this step, 0 for one that is left out
+    "Teacher dropout that spares the worst match (UNIC). Which match is worst is decided where the losses are."
+    if not dropout or not losses: return dict.fromkeys(names, 1.)
+    draws = torch.rand(len(names), generator=torch.Generator().manual_seed(seed))
+    stays = (draws >= dropout) | torch.tensor([name not in losses for name in names])
+    matches = torch.stack([losses.get(name, torch.zeros_like(next(iter(losses.values())))) for name in names])
+    worst = torch.arange(len(names), device=matches.device) == matches.argmax()
+    return dict(zip(names, (worst | stays.to(matches.device, non_blocking=True)).float()))

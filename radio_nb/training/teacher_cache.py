@@ -28,7 +28,7 @@ from ..targets.features import Features
 from ..targets.bad_input import BadInput, reason
 from ..models.tensor_files import fingerprint
 from ..models.teachers import Teacher
-from ..data.crops import Batch, Crops, height_width, image_batches
+from ..data.crops import Batch, Crops, Pixels, height_width, image_batches, to_device
 from ..data.files import Progress, lock
 from ..data.images import images_fingerprint
 
@@ -40,7 +40,8 @@ def weights_fingerprint(model:nn.Module)->str:
 def cache_key(teacher:Teacher, crops:Crops, images:str)->dict: # images: from `images_fingerprint`
     "Everything on which a teacher's features depend, as far as it has a name."
     pixels = hashlib.sha256(crops.by_row()[0].image.contiguous().numpy()).hexdigest()[:16]   # of the first crop
-    return {'teacher': teacher.source, 'weights': weights_fingerprint(teacher), 'size': teacher.size,
+    half = {'precision': 'bfloat16'} if teacher.precision is torch.bfloat16 else {}
+    return {'teacher': teacher.source, 'weights': weights_fingerprint(teacher), 'size': teacher.size, **half,
             'images': images, 'crop': [crops.crop.__name__, *height_width(crops.size)], 'pixels': pixels,
             'seed': crops.seed, 'views': crops.views, 'rows': crops.rows, 'draft': crops.draft}
 
@@ -304,12 +305,15 @@ def teacher_features(
     device:torch.device,                              # where the features are wanted
     cached:dict[str, CachedTeacher]|None=None,        # those whose features are on disk
     teacher_device:torch.device|None=None,            # where the teachers are, if not there
+    pixels:Pixels|None=None,                          # of the batch, where someone has them on `device` already
 )->dict[str, Features]:
     "Every teacher's features of a batch: remembered where there is a cache, computed where there is none."
     cached, features = cached or {}, {}
     live = [name for name in teachers if name not in cached]
-    pixels = batch.images.to(teacher_device or device)/255 if live else None
+    home = teacher_device or device
+    if live and (pixels is None or home != device): pixels = Pixels(batch.images, home)
     for name, teacher in teachers.items():
-        own = teacher(pixels) if name in live else cached[name](batch.rows)
-        features[name] = Features(*(tensor.to(device) for tensor in own))
+        if name in live: own = teacher(pixels.at(getattr(teacher, 'size', batch.images.shape[-2:])))
+        else: own = cached[name](batch.rows)
+        features[name] = Features(*(to_device(tensor, device) for tensor in own))
     return features

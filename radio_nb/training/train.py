@@ -7,7 +7,8 @@ __all__ = ['NOTHING', 'SILENT', 'Inputs', 'Prepared', 'best_device', 'prepare', 
            'last_normalizers', 'as_saved', 'export_student', 'saved_student', 'go_on_from', 'teacher_fingerprint',
            'fingerprints', 'began_alike', 'check_readable', 'check_sizes', 'ignore', 'Callbacks', 'TrainingRun',
            'measured_before', 'start_stage', 'watch_gradients', 'random_state_kept', 'mean_measure', 'keep_best',
-           'evaluate_student', 'train_stage', 'begin', 'start_trackers', 'export_best', 'finish', 'run_recipe']
+           'evaluate_student', 'write_logs', 'asked_to_stop', 'train_stage', 'begin', 'start_trackers', 'export_best',
+           'finish', 'run_recipe']
 
 # %% ../../nbs/training/08_train.ipynb #ae284f85
 import json
@@ -34,17 +35,17 @@ from ..models.specs import parse_spec
 from ..models.teachers import Teacher, load_teacher, read_weights
 from ..models.tensor_files import fingerprint, load_tensors
 from ..data.images import hold_out, images_fingerprint, open_images
-from ..data.crops import Batch, dead_workers_named, first_readable, random_crop
+from ..data.crops import Batch, batches_ahead, dead_workers_named, first_readable, random_crop
 from ..data.files import Progress, Stopped, atomic_write, read_json, stop_flag, write_json
 from .recipe import Recipe, check_names, difference, recipe_toml, teacher_names, teacher_weights
-from .run_folder import begun, check_folder, check_inputs, folder_lock, forget_statistics
-from .run_folder import load_checkpoint, metrics_file, recipe_of, save_checkpoint
+from .run_folder import CheckpointWriter, begun, check_folder, check_inputs, folder_lock
+from .run_folder import forget_statistics, load_checkpoint, metrics_file, recipe_of
 from .stages import StagePlan, check_device, check_machine, check_recipe
 from .distributed import new_accelerator
 from .teacher_cache import weights_fingerprint
 from .statistics import crop_sides, load_cifd_loss, load_normalizers, open_sources, statistics_at
-from .statistics import take_statistics
-from .monitor import flatten_metrics, imbalance_warning
+from .statistics import take_statistics, training_teachers
+from .monitor import flatten_metrics, imbalance_warning, read_logs
 from .trainer import DistillStep, Trainer, retarget, teacher_gradient_norms
 
 # %% ../../nbs/training/08_train.ipynb #a90f4389
@@ -73,7 +74,8 @@ def best_device(name:str='auto')->torch.device:
     "The device called `name`, or the best there is; also where a run from another machine names one that is not here."
     with suppress(BadInput):
         if name != 'auto': return torch.device(check_device('device', name))
-    return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    if torch.cuda.is_available(): return torch.device('cuda')
+    return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
 
 def prepare(
     recipe:Recipe,
@@ -113,6 +115,7 @@ def new_distill_step(recipe:Recipe, student:Student, out:Path)->DistillStep:
     names = list(student.config['teachers'])
     loss = MultiTeacherLoss(recipe.method, *teacher_weights(recipe, names), recipe.balance, recipe.grid)
     cifd = load_cifd_loss(recipe, names, out)
+    if recipe.checkpoint_activations: student.backbone.checkpoint_activations()
     return DistillStep(student, loss, cifd, recipe.precision == 'bfloat16')
 
 # %% ../../nbs/training/08_train.ipynb #2be0f709
@@ -225,7 +228,10 @@ class TrainingRun:
         self.widths = {name: teacher.widths() for name, teacher in ready.teachers.items()}
         self.student = new_student(recipe, self.widths)   # normalized grids until the run ends; then the saved one
         check_sizes(recipe, plan, self.student, accelerator.num_processes)
-        self.trainer, self.metrics, self.warned, self.stop_asked = None, {}, False, False
+        self.trainer, self.warned, self.stop_asked = None, False, False
+        self.teachers = training_teachers(recipe, ready.teachers)   # `ready` has them as they are
+        self.log, self.unread, self.loss = {}, [], nan   # of the last step; not read yet; the last that was read
+        self.writer = CheckpointWriter(out/'checkpoints', recipe.keep)
         self.state = load_checkpoint(out/'checkpoints')   # the last one; None before the first
         self.saved = None if self.state else saved_student(recipe, self.student)
         self.best = self.state.get('best') if self.state else None   # the best student so far, see `keep_best`
@@ -236,6 +242,11 @@ class TrainingRun:
         "How many steps are done."
         if self.trainer: return self.trainer.step
         return self.state['step'] if self.state else 0
+
+    @property
+    def metrics(self)->dict:
+        "What the last step has to say; to ask is to wait for the device."
+        return dict(self.log)
 
     def stop(self):
         "End the run after this step, with the student as it is."
@@ -248,13 +259,17 @@ class TrainingRun:
         return student.to(self.trainer.device).eval()
 
     def checkpoint(self, ended:bool=False): # ended: whether the run ends here, before its last step
-        "Write a checkpoint; to be called on all processes."
+        "Begin to write a checkpoint; to be called on all processes."
         skipped = {path: why for one in gather_object([self.skipped]) for path, why in one.items()}
         self.state = {'step': self.trainer.step, 'trainer': self.trainer.state_dict(), 'skipped': skipped,
                       'recipe': recipe_toml(self.recipe), 'ended': ended, 'best': self.best}
         if not self.main: return
-        save_checkpoint(self.out/'checkpoints', self.state, self.recipe.keep)
-        self.callbacks.on_checkpoint(self)
+        self.see_written()
+        self.writer.save(self.state)
+
+    def see_written(self):
+        "Wait for the checkpoint that is being written. Raises `BadInput` where it could not be."
+        if self.writer.wait(): self.callbacks.on_checkpoint(self)
 
 # %% ../../nbs/training/08_train.ipynb #de299b2b
 def measured_before(path:Path)->bool:
@@ -266,7 +281,7 @@ def measured_before(path:Path)->bool:
 def start_stage(run:TrainingRun, plan:StagePlan):
     "Open the sources of a stage, measure its teachers, and tell the trainer."
     recipe, ready, out, device = run.recipe, run.ready, run.out, run.ready.device
-    sources = open_sources(recipe, plan, ready.train, ready.teachers, run.accelerator, device, ready.crop)
+    sources = open_sources(recipe, plan, ready.train, run.teachers, run.accelerator, device, ready.crop)
     if plan.measured and not measured_before(statistics_at(out, plan.first)):
         take_statistics(recipe, plan, sources, out, run.accelerator, device)
     normalizers = load_normalizers(run.widths, out, plan.first)
@@ -323,6 +338,7 @@ def evaluate_student(run:TrainingRun)->dict:
     "What is added to the log when it is time to evaluate the student: also after the last step."
     due = run.recipe.evaluate_every and (run.step % run.recipe.evaluate_every == 0 or run.step == run.total)
     if not due or not run.main: return {}
+    read_logs([*run.unread, run.log])   # of weights that are no numbers anything may be measured
     with run.trainer.timer('evaluation'), random_state_kept(run.trainer.device):
         student = run.student_now()
         found = run.callbacks.evaluate(run, student)
@@ -330,6 +346,22 @@ def evaluate_student(run:TrainingRun)->dict:
     return {'evaluation': found}
 
 # %% ../../nbs/training/08_train.ipynb #ab1786a9
+def write_logs(run:TrainingRun, metrics): # metrics: the open file, of the first process
+    "Read what the steps since the last time have to say, and write it down. Raises `BadInput` where one went wrong."
+    logs, run.unread = run.unread, []
+    for line in read_logs(logs):
+        run.loss = line['loss']
+        if run.main: metrics.write(json.dumps(line) + '\n')
+        if run.recipe.trackers: run.accelerator.log(flatten_metrics(line), step=line['step'])
+
+def asked_to_stop(run:TrainingRun, signals:list)->tuple[bool, bool]: # signals: that have come to this process
+    "Whether any process was sent a signal, and whether a callback wants the run to end."
+    asked = len(signals), int(run.stop_asked)
+    if run.accelerator.num_processes > 1:
+        if run.trainer.device.type != 'cpu' and run.step % run.recipe.log_every: return False, False
+        asked = run.accelerator.reduce(torch.tensor(asked, device=run.trainer.device), 'sum').tolist()
+    return bool(asked[0]), bool(asked[1])
+
 def train_stage(run:TrainingRun, plan:StagePlan):
     "All steps of a stage that are left. Raises `Stopped` when a signal asked for it."
     recipe, trainer, accelerator = run.recipe, run.trainer, run.accelerator
@@ -337,22 +369,24 @@ def train_stage(run:TrainingRun, plan:StagePlan):
     streams = zip(*(source.batches(recipe, accelerator, trainer.step, plan.last) for source in trainer.sources))
     log = metrics_file(run.out, trainer.step) if run.main else nullcontext()
     with log as metrics, stop_flag() as signals:
-        for batches in trainer.timer.each(streams, 'data'):
+        for batches in trainer.timer.each(batches_ahead(streams, trainer.device), 'data'):
             for batch in batches: run.skipped.update(batch.skipped)
             watched = watch_gradients(run, batches)
-            run.metrics = trainer(*batches) | watched
-            run.metrics |= evaluate_student(run) | {'seconds': trainer.timer.read()}
-            if run.main: metrics.write(json.dumps(run.metrics) + '\n')
-            if recipe.trackers: accelerator.log(flatten_metrics(run.metrics), step=trainer.step)
-            progress(trainer.step, f'loss {run.metrics["loss"]:.3f}')
+            run.log = trainer(*batches).add(**watched)
+            evaluated = evaluate_student(run)
+            run.unread.append(run.log.add(trainer.timer.lap(), **evaluated))
             if run.main: run.callbacks.on_step(run)
-            asked = torch.tensor([len(signals), int(run.stop_asked)], device=trainer.device)
-            stopping, ended = accelerator.reduce(asked, 'sum').tolist()
-            if stopping or ended or trainer.step % recipe.checkpoint_every == 0 or trainer.step == plan.last:
-                run.checkpoint(bool(ended))
-            if ended: return
+            stopping, ended = asked_to_stop(run, signals)
+            saving = stopping or ended or trainer.step % recipe.checkpoint_every == 0 or trainer.step == plan.last
+            if saving or trainer.step % recipe.log_every == 0: write_logs(run, metrics)
+            progress(trainer.step, f'loss {run.loss:.3f}')
+            if run.writer.done(): run.see_written()
+            if saving: run.checkpoint(ended)
+            if ended: break
             if stopping and trainer.step < run.total:
+                run.see_written()
                 raise Stopped(f'stopped after step {trainer.step} of {run.total}; add --resume to go on')
+    run.see_written()
 
 # %% ../../nbs/training/08_train.ipynb #071dd3a6
 def begin(run:TrainingRun):
@@ -412,16 +446,18 @@ def run_recipe(
     uneven = 0. in recipe.spatial_weights or recipe.heads_only or len(plan) > 1 or len(plan[0].parts) > 1
     tracking = dict(log_with=list(recipe.trackers) or None, project_dir=out)
     accelerator = new_accelerator(best_device(recipe.device), bool(uneven), **tracking)
+    if accelerator.device.type == 'cuda': torch.set_float32_matmul_precision('high')   # TF32 for what stays in float32
     ready = prepare(recipe, accelerator.device if accelerator.num_processes > 1 else None, inputs)
     check_readable(ready.train)
     with folder_lock(out, accelerator), dead_workers_named():
         check_folder(recipe, resume)   # somebody may have been here meanwhile
         run = TrainingRun(recipe, plan, ready, accelerator, out, callbacks)
         begin(run)
-        for stage in plan:
-            if run.state and (run.state['ended'] or run.state['step'] >= stage.last): continue   # done before
-            start_stage(run, stage)
-            train_stage(run, stage)
+        with run.writer:
+            for stage in plan:
+                if run.state and (run.state['ended'] or run.state['step'] >= stage.last): continue   # done before
+                start_stage(run, stage)
+                train_stage(run, stage)
         if run.main: finish(run)
         accelerator.wait_for_everyone()   # before the group of processes ends, as Accelerate ends it with the training
     run.trainer = None   # before the group of processes: DDP's end, with Python's lock held, could wait for ever
