@@ -412,7 +412,8 @@ def plan_command(
     from radio_nb.training.plan import network_rows, plan_notes, plan_recipe
     hide_other_bars()
     devices = find_devices(machine.on, machine.peak, machine.watts, machine.memory, machine.efficiency)
-    plan = plan_recipe(recipe, machine.processes, machine.image_count)
+    half = not machine.calibrate and any(device.name != 'cpu' for device in devices)
+    plan = plan_recipe(recipe, machine.processes, machine.image_count, half)
     if machine.calibrate:
         here = calibrated(plan)._replace(watts=machine.watts)
         devices = [here, *devices] if machine.on or machine.peak else [here]

@@ -64,12 +64,12 @@ class Teacher(nn.Module):
         size = tuple(size or (self.size, self.size))
         if not images.is_floating_point(): raise BadInput(f'images must lie in [0, 1]: divide {images.dtype} by 255')
         half = self.precision is torch.bfloat16
-        with torch.inference_mode(), torch.autocast(self.mean.device.type, torch.bfloat16, enabled=half):
+        with torch.no_grad(), torch.autocast(self.mean.device.type, torch.bfloat16, enabled=half):
             images = images.float()
             if images.shape[-2:] != size: images = F.interpolate(images, size, mode='bilinear', antialias=True)
             normalized = ((images - self.mean)/self.std).to(self.mean.dtype, memory_format=torch.channels_last)
             summary, spatial = self.features(normalized)
-        return Features(*(x.to(self.precision, copy=True) for x in (summary, spatial)))
+        return Features(summary.to(self.precision), spatial.to(self.precision))
 
     def lowered(self)->'Teacher':
         "The same teacher, with the same weights, whose products are in bfloat16 and whose features are, too."

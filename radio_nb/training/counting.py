@@ -41,7 +41,7 @@ from ..data.crops import Batch, Pixels
 from .recipe import Recipe, teacher_names, teacher_weights
 from .stages import BatchPartition
 from .teacher_cache import teacher_features
-from .statistics import crop_sides
+from .statistics import crop_sides, training_teachers
 from .trainer import DistillStep, normalize_targets
 from .train import new_student
 
@@ -179,7 +179,7 @@ class Networks(NamedTuple):
 
 def bare_networks(recipe:Recipe)->Networks:
     "The networks of a recipe. Raises `BadInput`."
-    teachers = bare_teachers(recipe)
+    teachers = training_teachers(replace(recipe, compile=''), bare_teachers(recipe))
     with SHAPES_ONLY: widths = {name: teacher.widths() for name, teacher in teachers.items()}
     normalizers = {name: without_numbers(blank_normalizer(recipe.method, width)) for name, (_, width) in widths.items()}
     with architectures_only(): step = untrained_step(recipe, widths)

@@ -25,10 +25,10 @@ from ..targets.bad_input import BadInput, unknown
 from ..targets.features import Features
 from ..data.images import footers, hold_out, open_images, parquet_files, split_column
 from ..data.streams import crop_stream
-from .recipe import Recipe, check_names
+from .recipe import Recipe, check_names, teacher_names, teacher_precisions
 from .stages import StagePlan, check_recipe
 from .distributed import new_accelerator
-from .statistics import crop_sides, open_sources
+from .statistics import crop_sides, open_sources, training_teachers
 from .trainer import Trainer
 from .train import best_device, check_sizes
 from .counting import Networks, PartCost, bare_networks, blank_normalizer, count_part, scaled
@@ -116,9 +116,11 @@ def plan_recipe(
     recipe:Recipe,      # `images` and `out` may be empty
     processes:int=1,    # that train together, each on a device of its own
     images:int=0,       # to learn from, where `recipe.images` is not at hand
+    half:bool=False,    # whether the device computes in bfloat16, for a `teacher_precision` of auto
 )->Plan:
     "Count what a recipe will take, and begin none of it. Raises `BadInput`."
-    stages = check_recipe(recipe)
+    stages, names = check_recipe(recipe), list(teacher_names(recipe.teachers))
+    recipe = replace(recipe, teacher_precision=tuple(teacher_precisions(recipe, names, half).values()))
     check_names(recipe if recipe.images and not images else replace(recipe, images='zoo:photos'))
     networks = bare_networks(recipe)
     check_sizes(recipe, stages, networks.step.student, processes)
@@ -304,7 +306,8 @@ def measured_trainer(recipe:Recipe, steps:int)->tuple[Trainer, Iterator]: # and 
     teachers = {name: teacher.to(home) for name, teacher in untrained_teachers(recipe).items()}
     widths = {name: teacher.widths() for name, teacher in teachers.items()}
     trainer = Trainer(untrained_step(recipe, widths), recipe, device, new_accelerator(device))
-    sources = open_sources(replace(recipe, cache=''), stage, images, teachers, trainer.accelerator, device)
+    asked = training_teachers(recipe, teachers)
+    sources = open_sources(replace(recipe, cache=''), stage, images, asked, trainer.accelerator, device)
     if recipe.cache:
         noise = {name: _Noise(teacher) for name, teacher in teachers.items()}
         sources = [source._replace(cached=noise, crops=crop_stream(images, source.part.size, recipe.seed, recipe.views))
