@@ -103,6 +103,13 @@ def test_the_best_student_is_kept_beside_the_last(runs, watched, tmp_path):
     assert Run(run.out).best.state_dict().keys() == run.student.state_dict().keys()
 
 
+def test_the_best_student_has_a_run_folder_of_its_own(runs, home, capsys):
+    best = str(runs[1].out/'best')
+    cli.main(['evaluate', best, '--images', str(home/'images')])
+    cli.main(['export', best, '--format', 'timm'])
+    assert 'gives what the student does' in capsys.readouterr().out
+
+
 def test_the_report_shows_how_it_went(runs):
     plain, watched = runs
     assert 'Evaluated in the course of training' not in plain.report().read_text()

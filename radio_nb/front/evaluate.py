@@ -32,7 +32,7 @@ from ..evaluation.suites import segmentation_suite, shuffled_subset, student_eva
 from ..evaluation.suites import text_directions, zero_shot_suite
 from ..evaluation.compare import Comparison, best_cells, compare_runs, comparison_table
 from .pictures import footnotes, html_table, page
-from .run_match import at_size, learned_from, located, measured, start_folder
+from .run_match import at_size, check_teachers, learned_from, located, measured, start_folder
 
 # %% ../../nbs/front/05_evaluate.ipynb #a89c984a
 class FinishedRun(NamedTuple):
@@ -60,6 +60,7 @@ def open_run(
     device, last = best_device(recipe.device), max(check_recipe(recipe)[-1].parts, key=lambda part: part.share)
     student, start = Student.from_pretrained(out).to(device), start_folder(out, recipe)
     teachers = {name: located(spec, start) for name, spec in teacher_names(recipe.teachers).items()}
+    check_teachers(student, list(teachers), out)
     return FinishedRun(out, recipe, student, last.size, device, teachers)
 
 # %% ../../nbs/front/05_evaluate.ipynb #22f3b8f3

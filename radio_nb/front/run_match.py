@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MATCH_MEASURES', 'MATCH_HEADER', 'readable', 'at_size', 'match_on_crops', 'learned_from', 'measured',
-           'compared_students', 'match_run', 'load_match', 'no_progress', 'knn_data', 'on_device', 'WhileTraining',
-           'match_rows', 'text_table', 'start_folder', 'located']
+           'check_teachers', 'compared_students', 'match_run', 'load_match', 'no_progress', 'knn_data', 'on_device',
+           'WhileTraining', 'match_rows', 'text_table', 'start_folder', 'located']
 
 # %% ../../nbs/front/02_run_match.ipynb #c341f244
 from collections.abc import Callable, Iterator
@@ -86,9 +86,17 @@ def measured(out:Path, names:list[str])->list[str]: # names: of all teachers
     "Those that had taken part when the run ended."
     return list(load_normalizers(names, out))
 
+def check_teachers(student:Student, names:list[str], out:Path): # names: of the recipe's teachers
+    "Raise `BadInput` where a student and the recipe in the same folder do not speak of the same teachers."
+    own = list(student.config['teachers'])
+    if sorted(own) != sorted(names):
+        raise BadInput(f'{out}: config.json names the teachers {", ".join(own)}, and recipe.toml {", ".join(names)}: '
+                       'one of the files was changed, put back a copy')
+
 def compared_students(recipe:Recipe, ready:Prepared, out:Path)->dict:
     "The trained student and its two baselines."
     trained = Student.from_pretrained(out).to(ready.device)
+    check_teachers(trained, list(ready.teachers), out)
     untrained = new_student(recipe, trained.config['teachers']).to(ready.device).eval()
     normalizers = last_normalizers(trained.config['teachers'], out)
     return {'student': trained, 'untrained': fold_heads(untrained, normalizers),

@@ -13,6 +13,7 @@ __all__ = ['NOTHING', 'SILENT', 'Inputs', 'Prepared', 'best_device', 'prepare', 
 # %% ../../nbs/training/08_train.ipynb #ae284f85
 import json
 import random
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -44,7 +45,7 @@ from .stages import StagePlan, check_device, check_machine, check_recipe
 from .distributed import new_accelerator
 from .teacher_cache import weights_fingerprint
 from .statistics import crop_sides, load_cifd_loss, load_normalizers, open_sources, statistics_at
-from .statistics import take_statistics, training_teachers
+from .statistics import statistics_file, take_statistics, training_teachers
 from .monitor import flatten_metrics, imbalance_warning, read_logs
 from .trainer import DistillStep, Trainer, retarget, teacher_gradient_norms
 
@@ -414,11 +415,15 @@ def start_trackers(run:TrainingRun):
                                   {tracker: names[tracker] for tracker in run.recipe.trackers if tracker in names})
 
 def export_best(recipe:Recipe, widths:dict[str, tuple[int, int]], best:dict, out:Path): # best: from `keep_best`
-    "Write the best student into a folder of its own, and which one it is."
+    "Write the best student into a run folder of its own, and which one it is."
+    folder = out/'best'
+    folder.mkdir(exist_ok=True)
+    for path in (out/'recipe.toml', out/'inputs.json', statistics_file(out, best['step'])):
+        shutil.copyfile(path, folder/('statistics.safetensors' if path.suffix == '.safetensors' else path.name))
     student = remove_neck(new_student(recipe, widths))
     student.load_state_dict(best['weights'])
-    student.save_pretrained(out/'best')
-    write_json(out/'best'/'best.json', {'measure': recipe.keep_best, 'value': best['value'], 'step': best['step']})
+    student.save_pretrained(folder)
+    write_json(folder/'best.json', {'measure': recipe.keep_best, 'value': best['value'], 'step': best['step']})
 
 def finish(run:TrainingRun):
     "Write the student of a run that has ended; `student.safetensors` is that of its last step, and comes last of all."

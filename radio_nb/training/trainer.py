@@ -200,12 +200,18 @@ class TrainState:
         for group in self.optimizer.param_groups: group['lr'] = lr*group.get('lr_scale', 1)
         norm = nn.utils.clip_grad_norm_(self.distill_step.student.parameters(), self.recipe.clip)
         norm = getattr(norm, 'full_tensor', lambda: norm)()
-        nowhere = ~norm.isfinite()   # decided on the device: nobody waits for the answer
-        for grad in (p.grad for p in self.distill_step.parameters() if p.grad is not None):
-            getattr(grad, 'to_local', lambda grad=grad: grad)().masked_fill_(nowhere, 0)
+        self.skip(~norm.isfinite())
         self.optimizer.step()
         if self.ema: self.ema.update(self.distill_step.student, step=step)
         return norm
+
+    def skip(self, broken:Tensor): # broken: () bool, on the device, so that nobody waits for the answer
+        "Keep a gradient from the weights."
+        if self.optimizer.defaults.get('fused') and not self.recipe.shard:
+            self.optimizer.found_inf = broken.float()   # as torch's GradScaler does: nothing moves
+            return
+        for grad in (p.grad for p in self.distill_step.parameters() if p.grad is not None):
+            getattr(grad, 'to_local', lambda grad=grad: grad)().masked_fill_(broken, 0)
 
     def state_dict(self)->dict:
         "Everything whole, on every process. Modules of CIFD are frozen, and left out."
