@@ -14,6 +14,7 @@ from radio_nb.front.report import best_in_words
 from radio_nb.front.run import LiveCurves, Run, distill
 from radio_nb.models.student import Student
 from radio_nb.targets.bad_input import BadInput
+from radio_nb.training.monitor import StepLog
 from radio_nb.training.recipe import Recipe, Stage
 from radio_nb.training.train import keep_best, run_recipe
 
@@ -194,10 +195,11 @@ def test_mistakes_are_known_before_a_folder_is_made(home, watched, tmp_path):
 
 class Steps:
     "A run as `LiveCurves` sees it."
-    def __init__(self): self.step, self.total, self.metrics = 0, 4, {}
+    total = 4
 
     def to(self, step, **metrics):
-        self.step, self.metrics = step, {'teachers': {'clip': {'spatial': 1/step}}} | metrics
+        self.step = step
+        self.log = StepLog(step, [('teachers', 'clip', 'spatial')], torch.tensor([1/step])).add(**metrics)
         return self
 
 

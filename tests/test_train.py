@@ -17,9 +17,10 @@ from radio_nb.targets.bad_input import BadInput
 from radio_nb.targets.features import Features
 from radio_nb.targets.moments import NonFinite
 from radio_nb.targets.normalizers import Normalizer
+from radio_nb.training.monitor import check_finite
 from radio_nb.training.run_folder import load_checkpoint
 from radio_nb.training.statistics import measure
-from radio_nb.training.trainer import check_losses, check_width
+from radio_nb.training.trainer import check_width
 
 
 def start(*args):
@@ -90,7 +91,8 @@ def test_a_teacher_that_gives_nan_is_named_before_the_statistics_are_spoilt():
 
 def test_a_loss_that_is_not_finite_names_the_teacher():
     with pytest.raises(BadInput, match='step 3: the spatial loss of teacher mad is nan'):
-        check_losses(3, {'sane': {'summary': .1, 'spatial': .2}, 'mad': {'summary': .1, 'spatial': float('nan')}})
+        teachers = {'sane': {'summary': .1, 'spatial': .2}, 'mad': {'summary': .1, 'spatial': float('nan')}}
+        check_finite({'step': 4, 'teachers': teachers})
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(run, tmp_path):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCALE', 'RATIO', 'TRIES', 'random_box', 'height_width', 'random_crop', 'centre_crop', 'padded_crop', 'resize',
-           'to_device', 'Pixels', 'shortest_side', 'Crop', 'first_readable', 'Crops', 'dead_workers_named', 'fetch',
-           'Batch', 'collate', 'image_batches', 'batches_ahead']
+           'to_device', 'Pixels', 'shortest_side', 'Crop', 'first_readable', 'Crops', 'dead_worker',
+           'dead_workers_named', 'fetch', 'Batch', 'collate', 'image_batches', 'batches_ahead']
 
 # %% ../../nbs/data/01_crops.ipynb #0dbe19eb
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -206,7 +206,8 @@ class Crops:
         return fetch(self, positions, workers, collate)
 
 # %% ../../nbs/data/01_crops.ipynb #93383f19
-def _death(error):
+def dead_worker(error:Exception)->BadInput: # error: what PyTorch, or the connection to a worker, says
+    "The death of a process that decodes images, in one clear line."
     return BadInput(f'a process that decodes images died ({reason(error, 100)}); all that was saved is whole: ask '
                     'again (a run with --resume), with fewer --workers if memory was short')
 
@@ -216,7 +217,7 @@ def dead_workers_named():
     try: yield
     except RuntimeError as e:
         if 'DataLoader worker (pid' not in str(e): raise
-        raise _death(e) from e
+        raise dead_worker(e) from e
 
 def fetch(
     data:Sequence,             # what gives an item for a position
@@ -229,7 +230,7 @@ def fetch(
         try: yield from DataLoader(data, batch_sampler=positions, num_workers=workers, collate_fn=collate)
         except (ConnectionResetError, ConnectionRefusedError, EOFError) as e:
             if not workers or str(e).startswith('Caught'): raise   # `data` raised it
-            raise _death(e) from e
+            raise dead_worker(e) from e
 
 # %% ../../nbs/data/01_crops.ipynb #e682cc0d
 class Batch(NamedTuple):

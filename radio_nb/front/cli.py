@@ -27,7 +27,6 @@ import tyro
 import radio_nb
 from ..targets.bad_input import BadInput, one_line
 from ..models.specs import TEACHERS, check_spec, parse_spec
-from ..data.crops import dead_workers_named
 from ..data.files import Progress, Stopped, atomic_write, signals_interrupt, stop_flag
 from ..training.recipe import AtLeast0, AtLeast1, NotNegative, Recipe, check_names, check_values, read_recipe
 from ..training.recipe import recipe_toml
@@ -443,6 +442,9 @@ def explained(error:Exception)->str: # '' where it cannot be helped
     "What is wrong with this machine, in one line."
     text = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
     if isinstance(error, OSError) and error.strerror: return f'{error.strerror}: {error.filename or "(no name)"}'
+    if 'DataLoader worker (pid' in text:   # from the handler of a signal, wherever the program was
+        from radio_nb.data.crops import dead_worker
+        return str(dead_worker(error))
     if isinstance(error, MemoryError) or 'out of memory' in text or "can't allocate memory" in text:
         return f'out of memory ({text}): try smaller images, or a smaller batch'
     return ''
@@ -459,7 +461,7 @@ def main(args:list[str]|None=None):
     for stream in (sys.stdout, sys.stderr):   # a name that the terminal cannot show is no reason to fail
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
     try:
-        with signals_interrupt(), dead_workers_named(): run_command(args)
+        with signals_interrupt(): run_command(args)
     except BadInput as e: leave(str(e), 2)
     except Stopped as e: leave(f'{e}: {again(args)}' if 'to go on' in str(e) else str(e), 130)
     except KeyboardInterrupt: leave('interrupted', 130)

@@ -63,8 +63,7 @@ class Teacher(nn.Module):
         "The teacher's features of a batch of images. Raises `BadInput` for whole numbers."
         size = tuple(size or (self.size, self.size))
         if not images.is_floating_point(): raise BadInput(f'images must lie in [0, 1]: divide {images.dtype} by 255')
-        half = self.precision is torch.bfloat16
-        with torch.no_grad(), torch.autocast(self.mean.device.type, torch.bfloat16, enabled=half):
+        with torch.no_grad(), torch.autocast(self.mean.device.type, torch.bfloat16, self.precision is torch.bfloat16):
             images = images.float()
             if images.shape[-2:] != size: images = F.interpolate(images, size, mode='bilinear', antialias=True)
             normalized = ((images - self.mean)/self.std).to(self.mean.dtype, memory_format=torch.channels_last)

@@ -35,6 +35,7 @@ from ..targets.bad_input import BadInput
 from ..targets.normalizers import Normalizer
 from ..losses.methods import METHODS
 from ..losses.multi_teacher import MultiTeacherLoss
+from ..models.backbones import checkpoint_activations
 from ..models.specs import parse_spec
 from ..models.teachers import Teacher, load_teacher
 from ..data.crops import Batch, Pixels
@@ -167,7 +168,7 @@ def untrained_step(recipe:Recipe, widths:dict[str, tuple[int, int]])->DistillSte
     student = new_student(replace(recipe, student=untrained(recipe.student), stem=untrained(recipe.stem)), widths)
     loss = MultiTeacherLoss(recipe.method, *teacher_weights(recipe, list(widths)), recipe.balance, recipe.grid)
     with torch.device('cpu'): cifd = _blank_cifd(recipe, widths) if recipe.information else None
-    if recipe.checkpoint_activations: student.backbone.checkpoint_activations()
+    if recipe.checkpoint_activations: checkpoint_activations(student.backbone)
     return DistillStep(student, loss, cifd, recipe.precision == 'bfloat16')
 
 # %% ../../nbs/training/09_counting.ipynb #a1000057

@@ -116,7 +116,7 @@ def plan_recipe(
     recipe:Recipe,      # `images` and `out` may be empty
     processes:int=1,    # that train together, each on a device of its own
     images:int=0,       # to learn from, where `recipe.images` is not at hand
-    half:bool=False,    # whether the device computes in bfloat16, for a `teacher_precision` of auto
+    half:bool=False,    # whether bfloat16 suits the device, where the recipe says nothing of the teachers' precision
 )->Plan:
     "Count what a recipe will take, and begin none of it. Raises `BadInput`."
     stages, names = check_recipe(recipe), list(teacher_names(recipe.teachers))

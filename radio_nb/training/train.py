@@ -31,6 +31,7 @@ from datasets import Dataset, IterableDataset
 from ..targets.bad_input import BadInput
 from ..targets.normalizers import Normalizer
 from ..losses.multi_teacher import MultiTeacherLoss
+from ..models.backbones import checkpoint_activations
 from ..models.student import Student, check_microbatch, fold_heads, remove_neck
 from ..models.specs import parse_spec
 from ..models.teachers import Teacher, load_teacher, read_weights
@@ -116,7 +117,7 @@ def new_distill_step(recipe:Recipe, student:Student, out:Path)->DistillStep:
     names = list(student.config['teachers'])
     loss = MultiTeacherLoss(recipe.method, *teacher_weights(recipe, names), recipe.balance, recipe.grid)
     cifd = load_cifd_loss(recipe, names, out)
-    if recipe.checkpoint_activations: student.backbone.checkpoint_activations()
+    if recipe.checkpoint_activations: checkpoint_activations(student.backbone)
     return DistillStep(student, loss, cifd, recipe.precision == 'bfloat16')
 
 # %% ../../nbs/training/08_train.ipynb #2be0f709

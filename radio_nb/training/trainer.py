@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_width', 'normalize_targets', 'draw_window', 'DistillStep', 'Microbatch', 'microbatches', 'log_terms',
-           'reduce_terms', 'teacher_terms', 'retarget', 'TrainState', 'microbatch_loss', 'first_averages', 'Trainer',
-           'teacher_gradient_norms']
+           'reduce_terms', 'teacher_terms', 'retarget', 'skip_broken', 'TrainState', 'microbatch_loss',
+           'first_averages', 'Trainer', 'teacher_gradient_norms']
 
 # %% ../../nbs/training/07_trainer.ipynb #ed4a9115
 from typing import NamedTuple
@@ -162,6 +162,19 @@ def retarget(
     linear.weight.copy_(multiply(weight, own.weight.T).T)
     linear.bias.copy_(multiply(weight, own.bias - mean))
 
+# %% ../../nbs/training/07_trainer.ipynb #4cf456d4
+def skip_broken(
+    optimizer:torch.optim.Optimizer,
+    module:nn.Module,  # whose gradient it takes
+    broken:Tensor,     # whether the gradient is not finite, () bool, on the device: nobody waits for the answer
+):
+    "Keep a gradient that is not finite from the weights."
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    if optimizer.defaults.get('fused') and not any(hasattr(grad, 'to_local') for grad in gradients):
+        optimizer.found_inf = broken.float()   # as torch's GradScaler says it: nothing moves
+        return
+    for grad in gradients: getattr(grad, 'to_local', lambda grad=grad: grad)().masked_fill_(broken, 0)
+
 # %% ../../nbs/training/07_trainer.ipynb #40ad5082
 class TrainState:
     "Weights, their average, and the optimizer, in one process or several."
@@ -200,18 +213,10 @@ class TrainState:
         for group in self.optimizer.param_groups: group['lr'] = lr*group.get('lr_scale', 1)
         norm = nn.utils.clip_grad_norm_(self.distill_step.student.parameters(), self.recipe.clip)
         norm = getattr(norm, 'full_tensor', lambda: norm)()
-        self.skip(~norm.isfinite())
+        skip_broken(self.optimizer, self.distill_step, ~norm.isfinite())
         self.optimizer.step()
         if self.ema: self.ema.update(self.distill_step.student, step=step)
         return norm
-
-    def skip(self, broken:Tensor): # broken: () bool, on the device, so that nobody waits for the answer
-        "Keep a gradient from the weights."
-        if self.optimizer.defaults.get('fused') and not self.recipe.shard:
-            self.optimizer.found_inf = broken.float()   # as torch's GradScaler does: nothing moves
-            return
-        for grad in (p.grad for p in self.distill_step.parameters() if p.grad is not None):
-            getattr(grad, 'to_local', lambda grad=grad: grad)().masked_fill_(broken, 0)
 
     def state_dict(self)->dict:
         "Everything whole, on every process. Modules of CIFD are frozen, and left out."
