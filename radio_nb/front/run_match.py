@@ -24,7 +24,7 @@ from ..data.images import Unreadable, decode
 from ..data.crops import Crops, centre_crop, image_batches, resize
 from ..data.streams import StreamedCrops, crop_stream
 from ..data.files import Progress, read_json, write_json
-from ..training.recipe import Recipe, teacher_weights
+from ..training.recipe import Recipe, teacher_names, teacher_weights
 from ..training.statistics import load_normalizers, statistics_file
 from ..training.train import Prepared, TrainingRun, last_normalizers, new_student
 from ..evaluation.match import Constant, teacher_match
@@ -96,7 +96,7 @@ def check_teachers(student:Student, names:list[str], out:Path): # names: of the 
 def compared_students(recipe:Recipe, ready:Prepared, out:Path)->dict:
     "The trained student and its two baselines."
     trained = Student.from_pretrained(out).to(ready.device)
-    check_teachers(trained, list(ready.teachers), out)
+    check_teachers(trained, list(teacher_names(recipe.teachers)), out)
     untrained = new_student(recipe, trained.config['teachers']).to(ready.device).eval()
     normalizers = last_normalizers(trained.config['teachers'], out)
     return {'student': trained, 'untrained': fold_heads(untrained, normalizers),

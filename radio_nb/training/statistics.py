@@ -9,8 +9,8 @@ __all__ = ['SAMPLE', 'Statistics', 'measure', 'sample_positions', 'merge_ranks',
 
 # %% ../../nbs/training/05_statistics.ipynb #d8153081
 import sys
-from copy import copy
 from collections.abc import Callable, Iterable, Iterator
+from copy import copy
 from math import ceil
 from pathlib import Path
 from typing import NamedTuple

@@ -268,6 +268,7 @@ class TrainingRun:
         if not self.main: return
         self.see_written()
         self.writer.save(self.state)
+        if self.callbacks.on_checkpoint is not ignore: self.see_written()   # who is told of it finds it there
 
     def see_written(self):
         "Wait for the checkpoint that is being written. Raises `BadInput` where it could not be."
