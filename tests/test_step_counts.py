@@ -22,7 +22,7 @@ from radio_nb.training.statistics import Source, training_teachers
 from radio_nb.training.trainer import DistillStep, Trainer
 
 CPU = torch.device('cpu')
-SPECS = {'lite0': 'zoo:efficientnet-lite0#96', 'u2netp': 'zoo:u2netp#64', 'hed': 'timm:vgg11@random#64'}
+SPECS = {'lite0': 'zoo:efficientnet-lite0#96', 'u2netp': 'zoo:u2netp#64', 'small': 'timm:test_vit@random#64'}
 SMALL = Recipe('zoo:photos', tuple(SPECS.values()), '', size=64, steps=100, batch_size=4, method='mse',
                teacher_precision=('bfloat16',), precision='bfloat16')
 
@@ -116,22 +116,13 @@ def test_images_are_resized_once_for_each_size(teachers):
 
 
 def test_nothing_is_compiled_after_the_first_step(teachers):
-    parts = Partition(.5, 64, ('lite0', 'u2netp')), Partition(.5, 96, ('hed',))
+    parts = Partition(.5, 64, ('lite0', 'u2netp')), Partition(.5, 96, ('small',))
     fields = dict(compile='eager', stages=(Stage(6, partitions=parts),), **HARD)
     torch._dynamo.reset()
     trainer, batches = new_trainer(teachers, batch_size=8, **fields)
     for batch in batches[:2]: trainer(*batch)   # the second has losses of the first, for the dropout of teachers
     with torch._dynamo.config.patch(error_on_recompile=True):
         for batch in batches[2:]: trainer(*batch)
-
-
-def test_a_compiled_step_is_the_step(teachers):
-    torch._dynamo.reset()
-    fields = dict(precision='float32', teacher_precision=('float32',))
-    plain, batches = new_trainer(teachers, **fields)
-    compiled, _ = new_trainer(teachers, compile='aot_eager', **fields)
-    for batch in batches[:3]: one, other = plain(*batch), compiled(*batch)
-    assert one['loss'] == pytest.approx(other['loss'], rel=1e-4)
 
 
 @pytest.mark.parametrize('optimizer, most', [('adamw', 0.), ('lamb', .01)])   # LAMB's momentum goes on

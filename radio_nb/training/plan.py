@@ -6,7 +6,7 @@
 __all__ = ['DEVICES', 'NETWORK_HEADER', 'DEVICE_HEADER', 'Memory', 'Plan', 'bytes_of', 'count_memory', 'count_images',
            'plan_recipe', 'Device', 'find_devices', 'step_seconds', 'images_per_second', 'energy', 'too_large',
            'cache_too_large', 'in_units', 'duration', 'network_rows', 'device_rows', 'plan_notes', 'measured_trainer',
-           'calibrated', 'memory_here']
+           'measured_step', 'calibrated', 'memory_here']
 
 # %% ../../nbs/training/10_plan.ipynb #b1000004
 import os
@@ -297,10 +297,14 @@ class _Noise:
     def __call__(self, rows:Tensor)->Features:
         return Features(*(x.expand(len(rows), *x.shape[1:]) for x in self.features))
 
-def measured_trainer(recipe:Recipe, steps:int)->tuple[Trainer, Iterator]: # and its batches
-    "A trainer at its first step, with untrained teachers and student and real images. Raises `BadInput`."
+def measured_trainer(
+    recipe:Recipe,
+    steps:int,   # for how many there are to be batches
+    stage:int=0, # of the recipe
+)->tuple[Trainer, Iterator]: # and its batches
+    "A trainer at the first step of a stage, with untrained networks and real images. Raises `BadInput`."
     if not recipe.images: raise BadInput('calibrate: real steps need images: add --images FOLDER')
-    stage, device = check_recipe(recipe)[0], best_device(recipe.device)
+    stage, device = check_recipe(recipe)[stage], best_device(recipe.device)
     home = best_device(recipe.teacher_device) if recipe.teacher_device else device
     images, _ = hold_out(open_images(recipe.images), recipe.hold_out, recipe.seed)
     teachers = {name: teacher.to(home) for name, teacher in untrained_teachers(recipe).items()}
@@ -314,18 +318,29 @@ def measured_trainer(recipe:Recipe, steps:int)->tuple[Trainer, Iterator]: # and 
                    for source in sources]
     normalizers = {name: blank_normalizer(recipe.method, width) for name, (_, width) in widths.items()}
     trainer.start_stage(stage, sources, normalizers)
-    return trainer, zip(*(source.batches(recipe, trainer.accelerator, 0, steps) for source in sources))
+    trainer.step = stage.first
+    last = stage.first + steps
+    return trainer, zip(*(source.batches(recipe, trainer.accelerator, stage.first, last) for source in sources))
 
-def calibrated(plan:Plan, steps:int=20, warm:int=3)->Device:
-    "This machine, by what real steps of the first stage take, after some to warm up. Raises `BadInput`."
-    share = replace(plan.recipe, batch_size=plan.recipe.batch_size//plan.processes)   # of one process
-    trainer, batches = measured_trainer(share, steps + warm)
+def measured_step(plan:Plan, stage:int, steps:int, warm:int)->float: # in seconds
+    "What a step of a stage takes one process on this machine, after some to warm up. Raises `BadInput`."
+    share = replace(plan.recipe, batch_size=plan.recipe.batch_size//plan.processes)
+    trainer, batches = measured_trainer(share, steps + warm, stage)
     for done, batch in enumerate(batches):
         if done == warm: begun = time.perf_counter()
         trainer(*batch)
         if trainer.device.type == 'cuda': torch.cuda.synchronize()
-    rate = sum(plan.step().values())/plan.processes*steps/(time.perf_counter() - begun)/1e12
-    return Device('this machine', rate, rate, memory=memory_here(trainer.device), efficiency=1.)
+    return (time.perf_counter() - begun)/steps
+
+def calibrated(plan:Plan, steps:int=20, warm:int=3)->Device:
+    "This machine, by what real steps of every stage take. Raises `BadInput`."
+    seconds = flops = 0.
+    for i, (stage, _) in enumerate(plan.stages):
+        n = stage.last - stage.first
+        seconds += n*measured_step(plan, i, steps, warm)
+        flops += n*sum(plan.step(i).values())/plan.processes
+    rate = flops/seconds/1e12
+    return Device('this machine', rate, rate, memory=memory_here(best_device(plan.recipe.device)), efficiency=1.)
 
 def memory_here(device:torch.device)->float:
     "Of a device of this machine, in GB; 0 where it does not say."

@@ -99,7 +99,7 @@ def toml(values):
 def test_recipes(world, pytestconfig):
     "Flags, files and Python agree on what makes sense; what makes sense runs, and runs again to the same student."
     @seed(pytestconfig.getoption('--fuzz-seed'))
-    @settings(quick, max_examples=share(pytestconfig, .2, 40))
+    @settings(quick, max_examples=share(pytestconfig, .2, 20))
     @given(CHANGES.filter(bearable), st.randoms())
     def check(changes, dice):
         out = world.fresh()
@@ -128,7 +128,7 @@ def test_recipes(world, pytestconfig):
 def test_files_that_are_no_recipe(world, pytestconfig, dice):
     text = recipe_toml(Recipe(**world.values, out=str(world.fresh()))).encode()
     file = world.fresh().with_suffix('.toml')
-    for _ in range(share(pytestconfig, .1, 20)):
+    for _ in range(share(pytestconfig, .1, 10)):
         file.write_bytes(text)
         damage(file, dice)
         defaults = {field.name: field.default for field in fields(Recipe)}
@@ -163,7 +163,7 @@ def spoil(folder, dice):
 
 def test_images(world, pytestconfig, dice):
     "Bad images are skipped and reported, or the run is refused; and a run of the same folder gives the same."
-    for _ in range(share(pytestconfig, .1, 20)):
+    for _ in range(share(pytestconfig, .1, 10)):
         folder, out = world.fresh(), world.fresh()
         shutil.copytree(world.values['images'], folder)
         spoil(folder, dice)
@@ -202,7 +202,7 @@ def same(found, expected, file):
 
 def test_run_folders(world, whole, pytestconfig, dice):
     "A damaged unfinished run ends at the same student, or says what is wrong, and goes on when that is put right."
-    for _ in range(share(pytestconfig, .2, 40)):
+    for _ in range(share(pytestconfig, .2, 20)):
         out = unfinished(whole[0], world)
         flags = [*world.flags(out), '--resume']
         file = a_file(out, dice)
@@ -225,7 +225,7 @@ def test_finished_folders(world, whole, pytestconfig, dice):
     "A damaged finished run shows the same result, or says what is wrong."
     evaluate = ['--images', world.values['images'], '--suite', 'match']
     table = command(*world.flags(whole[0]))[1]
-    for _ in range(share(pytestconfig, .12, 20)):
+    for _ in range(share(pytestconfig, .12, 10)):
         out = world.fresh()
         shutil.copytree(whole[0], out)
         scores = table_of(command('evaluate', out, *evaluate), out)
@@ -261,7 +261,7 @@ def test_caches(world, pytestconfig, dice):
     first = world.fresh()
     assert command(*world.flags(first, views=2, cache=str(cache)))[0] == 0
     expected = result(first)
-    for _ in range(share(pytestconfig, .1, 20)):
+    for _ in range(share(pytestconfig, .1, 10)):
         used, out = world.fresh(), world.fresh()
         shutil.copytree(cache, used)
         file = a_file(used, dice)
@@ -303,7 +303,7 @@ def test_kills(world, whole, pytestconfig, dice):
     begun = time.time()
     command(*world.flags(world.fresh()))
     seconds = time.time() - begun
-    for _ in range(share(pytestconfig, .05, 10)):
+    for _ in range(share(pytestconfig, .05, 5)):
         out, code, tries = world.fresh(), None, 0
         while code != 0:
             sig = dice.choice([signal.SIGUSR1, signal.SIGUSR1, signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
