@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -323,14 +324,17 @@ def measured_trainer(
     return trainer, zip(*(source.batches(recipe, trainer.accelerator, stage.first, last) for source in sources))
 
 def measured_step(plan:Plan, stage:int, steps:int, warm:int)->float: # in seconds
-    "What a step of a stage takes one process on this machine, after some to warm up. Raises `BadInput`."
+    """What a step of a stage takes one process on this machine, after some to warm up. Raises `BadInput`.
+    The median of five spells: a busy moment of the machine is not to count."""
     share = replace(plan.recipe, batch_size=plan.recipe.batch_size//plan.processes)
     trainer, batches = measured_trainer(share, steps + warm, stage)
-    for done, batch in enumerate(batches):
-        if done == warm: begun = time.perf_counter()
+    times = [time.perf_counter()]
+    for batch in batches:
         trainer(*batch)
         if trainer.device.type == 'cuda': torch.cuda.synchronize()
-    return (time.perf_counter() - begun)/steps
+        times.append(time.perf_counter())
+    spell, times = max(1, steps//5), times[warm:]
+    return median((end - start)/spell for start, end in zip(times[:-spell:spell], times[spell::spell]))
 
 def calibrated(plan:Plan, steps:int=20, warm:int=3)->Device:
     "This machine, by what real steps of every stage take. Raises `BadInput`."
