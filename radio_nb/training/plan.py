@@ -323,6 +323,7 @@ def measured_trainer(
     last = stage.first + steps
     return trainer, zip(*(source.batches(recipe, trainer.accelerator, stage.first, last) for source in sources))
 
+# %% ../../nbs/training/10_plan.ipynb #d10c10c9
 def measured_step(plan:Plan, stage:int, steps:int, warm:int)->float: # in seconds
     """What a step of a stage takes one process on this machine, after some to warm up. Raises `BadInput`.
     The median of five spells: a busy moment of the machine is not to count."""
