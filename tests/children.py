@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import socket
 import time
+import traceback
 from pathlib import Path
 
 import datasets.config
@@ -36,7 +37,10 @@ def _begin(work, args, env, log):
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0   # it sleeps five seconds after every epoch of a shuffled stream
     with log.open('a', buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         faulthandler.dump_traceback_later(LIMIT - 10, file=file)   # where it hangs, before it is killed
-        work(*args)
+        try: work(*args)
+        except Exception:   # into the log, where the test looks
+            traceback.print_exc()
+            raise
         faulthandler.cancel_dump_traceback_later()
 
 

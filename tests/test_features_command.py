@@ -69,7 +69,7 @@ def world(tmp_path_factory):
 
 
 def flags(spec, images, out): return ['features', spec, '--images', images, '--out', out, '--what', 'grid',
-                                      '--batch-size', '3']
+                                      '--batch-size', '3', '--device', 'cpu']
 
 
 def same_files(out, whole):
@@ -198,8 +198,8 @@ def test_processes_that_decode_change_nothing_and_a_batch_size_may_be_lowered(wo
     assert np.load(tmp_path/'x.npy').shape == (34, 2, 2, 64)
     asked = iter(range(99))
     with pytest.raises(Stopped, match='0 of 36 images are kept'):
-        save_features(spec, str(images), tmp_path/'y.npy', what='grid', stopped=lambda: next(asked) == 1)
-    save_features(spec, str(images), tmp_path/'y.npy', what='grid', batch_size=2)
+        save_features(spec, str(images), tmp_path/'y.npy', what='grid', device='cpu', stopped=lambda: next(asked) == 1)
+    save_features(spec, str(images), tmp_path/'y.npy', what='grid', batch_size=2, device='cpu')
     np.testing.assert_allclose(np.load(tmp_path/'x.npy'), np.load(tmp_path/'y.npy'), atol=1e-4, rtol=1e-4)
 
 
@@ -354,7 +354,7 @@ def test_parts_cover_every_row_once():
 def clip_run(tmp_path_factory):
     "A run with a CLIP of random weights, drawn from seed 3, and one without random weights, beside the file of it."
     home = tmp_path_factory.mktemp('clip')
-    small = [*SMALL[SMALL.index('--size'):], '--seed', '3', '--device', 'cpu']
+    small = [*SMALL[SMALL.index('--size'):], '--seed', '3']
     torch.manual_seed(0)
     weights = zero_shot.open_clip.create_model(CLIP).state_dict()
     save_file({name: tensor.clone() for name, tensor in weights.items()}, home/'clip.safetensors')

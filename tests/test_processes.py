@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import PartialState
 from children import Children, apart, command, photo_parquet, small_images, train
 from conftest import SMALL
 from safetensors.torch import load_file
@@ -16,6 +17,8 @@ from test_train import wait_for
 
 from radio_nb.data.images import open_images
 from radio_nb.models.student import Student
+from radio_nb.targets.bad_input import BadInput
+from radio_nb.training.distributed import new_accelerator
 from radio_nb.training.recipe import Partition, Recipe, Stage
 from radio_nb.training.run_folder import load_checkpoint
 
@@ -62,6 +65,19 @@ def folders(request, home):
     children = {n: Children(n, folder, work, recipe_of(request.param, home, folder)) for n, folder in out.items()}
     for runs in children.values(): runs.wait()
     return out
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
+    monkeypatch.setattr('torch.cuda.device_count', lambda: 1)
+    with pytest.raises(BadInput, match='2 processes on this machine .* there are 1: .* --device cpu'):
+        new_accelerator(torch.device('cuda'))
+
+
+def test_a_run_on_the_cpu_may_follow_one_on_a_gpu(monkeypatch):
+    new_accelerator(torch.device('cpu'))
+    monkeypatch.setitem(PartialState._shared_state, 'device', torch.device('cuda:0'))
+    assert new_accelerator(torch.device('cpu')).num_processes == 1
 
 
 def differences(a, b): return {key: (a[key].double() - b[key].double()).abs().max().item() for key in a}

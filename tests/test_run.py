@@ -46,8 +46,9 @@ def same(a, b):
 ], ids=['pictures', 'arrays', 'bytes', 'floats'])
 def test_images_of_every_kind_train_the_same_student(tmp_path, images):
     parquet = Dataset.from_dict({'image': pictures()})
-    first = radio_nb.distill(images=parquet, teachers={'blocks': Blocks()}, out=tmp_path/'data_set', **TINY)
-    second = radio_nb.distill(images=images(), teachers={'blocks': Blocks()}, out=tmp_path/'sequence', **TINY)
+    args = dict(teachers={'blocks': Blocks()}, device='cpu', **TINY)
+    first = radio_nb.distill(images=parquet, out=tmp_path/'data_set', **args)
+    second = radio_nb.distill(images=images(), out=tmp_path/'sequence', **args)
     assert same(first, second) and list(second.student.config['teachers']) == ['blocks']
 
 
@@ -72,7 +73,7 @@ def test_own_augmentation_decides_what_is_seen(tmp_path):
 
 def test_a_run_that_goes_on_equals_one_that_was_not_stopped(tmp_path):
     "Stopped by an exception of the user's own after a checkpoint, with objects handed over again."
-    args = dict(images=pictures(), teachers={'blocks': Blocks()}, **TINY)
+    args = dict(images=pictures(), teachers={'blocks': Blocks()}, device='cpu', **TINY)
     whole = radio_nb.distill(out=tmp_path/'whole', **args)
     def fail(run): raise ZeroDivisionError
     with pytest.raises(ZeroDivisionError): radio_nb.distill(out=tmp_path/'broken', on_checkpoint=fail, **args)
@@ -158,7 +159,8 @@ def test_a_run_is_not_a_second_seed_of_itself(tmp_path):
 
 
 def test_a_gradient_that_is_not_finite_moves_no_weight(tmp_path):
-    run = radio_nb.distill(images=pictures(), teachers={'blocks': Blocks()}, out=tmp_path/'run', **TINY)
+    run = radio_nb.distill(images=pictures(), teachers={'blocks': Blocks()}, out=tmp_path/'run', device='cpu',
+                           **TINY)
     state = TrainState(DistillStep(run.student, nn.Identity()), run.recipe, new_accelerator(torch.device('cpu')))
     before = [p.detach().clone() for p in run.student.parameters()]
     for p in run.student.parameters(): p.grad = torch.full_like(p, float('nan'))

@@ -89,7 +89,7 @@ def resize(
 # %% ../../nbs/data/01_crops.ipynb #bc119553
 def to_device(tensor:Tensor, device:torch.device)->Tensor:
     "A tensor on a device; a GPU is not waited for."
-    if tensor.device.type == 'cpu' and device.type == 'cuda': tensor = tensor.pin_memory()
+    if tensor.device.type == 'cpu' and device.type == 'cuda': tensor = tensor.contiguous().pin_memory()
     return tensor.to(device, non_blocking=True)
 
 class Pixels:

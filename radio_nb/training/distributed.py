@@ -6,6 +6,7 @@
 __all__ = ['shard', 'new_accelerator', 'shard_of', 'distribute', 'grad_sync', 'full_state_dict', 'load_full_state_dict']
 
 # %% ../../nbs/training/03_distributed.ipynb #09209889
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,6 +22,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from ..targets.bad_input import BadInput
 
 # %% ../../nbs/training/03_distributed.ipynb #e39bd6bd
 def shard(
@@ -38,9 +41,16 @@ def new_accelerator(
     unused:bool=False,  # whether some step leaves parts of the student without a gradient
     **tracking,         # `log_with` and `project_dir`, as Accelerate takes them
 )->Accelerator:
-    "The processes of this run: as many as `torchrun` started, or this one alone."
+    "The processes of this run: as many as `torchrun` started, or this one alone. Raises `BadInput` for too few GPUs."
+    here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    if device.type == 'cuda' and here > torch.cuda.device_count():
+        raise BadInput(f'{here} processes on this machine are too many for its GPUs, of which there are '
+                       f'{torch.cuda.device_count()}: start one for each, or add --device cpu')
     how = DistributedDataParallelKwargs(find_unused_parameters=unused)
-    return Accelerator(cpu=device.type == 'cpu', device_placement=False, kwargs_handlers=[how], **tracking)
+    # it keeps its device for as long as Python runs, and a single process may take another one for its next run
+    alone = int(os.environ.get('WORLD_SIZE', 1)) == 1
+    cpu = device.type == 'cpu' and not alone
+    return Accelerator(cpu=cpu, device_placement=False, kwargs_handlers=[how], **tracking)
 
 def shard_of(accelerator:Accelerator)->dict[str, int]:
     "Which shard of a batch this process has, as `image_batches` and `rng_shard` take it."

@@ -452,8 +452,9 @@ def run_recipe(
     out = check_folder(recipe, resume)
     uneven = 0. in recipe.spatial_weights or recipe.heads_only or len(plan) > 1 or len(plan[0].parts) > 1
     tracking = dict(log_with=list(recipe.trackers) or None, project_dir=out)
-    accelerator = new_accelerator(best_device(recipe.device), bool(uneven), **tracking)
-    if accelerator.device.type == 'cuda': torch.set_float32_matmul_precision('high')   # TF32 for what stays in float32
+    device = best_device(recipe.device)
+    accelerator = new_accelerator(device, bool(uneven), **tracking)
+    if device.type == 'cuda': torch.set_float32_matmul_precision('high')   # TF32 for what stays in float32
     ready = prepare(recipe, accelerator.device if accelerator.num_processes > 1 else None, inputs)
     check_readable(ready.train)
     with folder_lock(out, accelerator), dead_workers_named():
