@@ -6,7 +6,7 @@
 __all__ = ['teacher_losses', 'MultiTeacherLoss']
 
 # %% ../../nbs/losses/03_multi_teacher.ipynb #f45bfbbe
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from torch import Tensor, nn
 
@@ -24,10 +24,11 @@ def teacher_losses(
     kind:str='mse',           # a key of `SPATIAL_LOSSES`
     mask:Tensor|None=None,    # see `spatial_loss`
     grid:str='larger',        # see `same_grid`
+    of_summaries:Callable[[Tensor, Tensor], Tensor]=summary_loss, # of two summaries, (B, C) each, a scalar
 )->dict[str, Tensor]:         # scalars by kind of term
     "The losses of one teacher, not weighted yet."
     losses = {}
-    if weights['summary']: losses['summary'] = summary_loss(student.summary, teacher.summary)
+    if weights['summary']: losses['summary'] = of_summaries(student.summary, teacher.summary)
     if weights['spatial']: losses['spatial'] = spatial_loss(student.spatial, teacher.spatial, kind, mask, grid)
     return losses
 
@@ -47,6 +48,7 @@ class MultiTeacherLoss(nn.Module):
         if odd := summary_weights.keys() ^ spatial_weights.keys():
             raise ValueError(f'only one of the two weights is given for {", ".join(sorted(odd))}; 0 leaves a term out')
         self.method, self.grid = METHODS[method], grid
+        self.of_summaries = {}   # by teacher, a loss in place of `summary_loss`, see `teacher_losses`
         self.weights = {name: dict(summary=weight, spatial=spatial_weights[name])
                         for name, weight in summary_weights.items()}
         self.balance = BALANCES[balance]([f'{name} {kind}' for name, weights in self.weights.items()
@@ -63,7 +65,7 @@ class MultiTeacherLoss(nn.Module):
         for name, teacher in teachers.items():
             if name not in self.weights: raise unknown('teacher', name, list(self.weights))
             losses[name] = teacher_losses(students[name], teacher, self.weights[name], self.method.spatial,
-                                          masks.get(name), self.grid)
+                                          masks.get(name), self.grid, self.of_summaries.get(name, summary_loss))
         terms = {(name, kind): loss for name, kinds in losses.items() for kind, loss in kinds.items()}
         if not terms: raise ValueError(f'no term to compute for the teachers {list(teachers)}: all their weights are 0')
         balanced = self.balance({f'{name} {kind}': loss for (name, kind), loss in terms.items()})

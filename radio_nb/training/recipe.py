@@ -124,6 +124,7 @@ class Recipe(Task):
     init: str = ''                      # folder of a finished run whose student this one goes on from
     size: AtLeast1 = 224                # side of the student's images in pixels
     method: Literal[tuple(METHODS)] = 'phi-s'  # how targets are normalized and compared (the ten of the PHI-S study)
+    summary_loss: Literal['cosine', 'angle'] = 'cosine'  # angle: over each teacher's spread of directions (C-RADIOv4)
     balance: Literal['fixed', 'ada', 'uncertainty'] = 'fixed'  # how the teachers' losses are balanced
     grid: Literal['larger', 'student'] = 'larger'  # where grids meet: AM-RADIO's choice, or the PHI-S study's
     summary_weights: tuple[NotNegative, ...] = ()  # by teacher, 0 for one without a summary; 1 by default
@@ -170,8 +171,7 @@ class Recipe(Task):
     evaluate_every: AtLeast0 = 0        # steps between evaluations on images held out, and by kNN; 0 for never
     evaluate_train: str = ''            # for that kNN: labelled images to learn from, as evaluate --train has them
     evaluate_test: str = ''             # for that kNN: labelled images to be tested on
-    # what the best student is best at; it is saved in OUT/best, beside that of the last step
-    keep_best: Literal['', 'explained', 'cosine', 'summary_cosine', 'knn'] = ''
+    keep_best: Literal['', 'explained', 'cosine', 'summary_cosine', 'knn'] = ''  # what the one in OUT/best is best at
     trackers: tuple[str, ...] = ()      # of Accelerate that also get the metrics, such as tensorboard or wandb
     project: str = 'radio_nb'           # what the trackers call all runs together; each is called by its folder
 

@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['SAMPLE', 'Statistics', 'measure', 'sample_positions', 'merge_ranks', 'crop_sides', 'Source', 'computes_in_bfloat16',
            'training_teachers', 'open_sources', 'statistics_at', 'statistics_file', 'load_statistics',
-           'take_statistics', 'check_counts', 'save_statistics', 'load_normalizers', 'fit_teacher', 'load_cifd_loss']
+           'take_statistics', 'check_counts', 'save_statistics', 'load_normalizers', 'load_summary_losses',
+           'fit_teacher', 'load_cifd_loss']
 
 # %% ../../nbs/training/05_statistics.ipynb #d8153081
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from copy import copy
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +36,8 @@ from ..models.tensor_files import load_tensors, save_tensors
 from ..data.crops import Batch, Crops, Pixels, image_batches, random_crop
 from ..data.streams import StreamedCrops, crop_stream
 from ..data.files import Progress, write_json
-from .recipe import Recipe, teacher_precisions, teacher_weights
+from ..agglomeration.angles import angle_loss, dispersion
+from .recipe import Recipe, teacher_names, teacher_precisions, teacher_weights
 from .stages import StagePlan, BatchPartition
 from .distributed import shard_of
 from .teacher_cache import CachedTeacher, teacher_features, fill_cache
@@ -45,20 +48,23 @@ class Statistics(NamedTuple):
     spatial: Moments     # of its grid, over images and positions
     summary: Tensor      # mean of its summaries, each scaled to length one, (C,) float64
     sample: list[Tensor] # of each batch at random positions, (B, n, D); NaN where an image has fewer that count
+    directions: list[Tensor] = []  # summaries of each batch, scaled to length one, (B, C), where they are wanted
 
 def measure(
     features:Iterable[dict[str, Features]], # of some batches, with a mask as third entry where not all positions count
     sample:int=0,                           # how many positions of each image to keep
+    keep_directions:bool=False,             # whether to keep the summaries
 )->dict[str, Statistics]:
     "Statistics of every teacher; a batch may lack some. Raises `NonFinite` with the name of a teacher that gives NaN."
-    moments, directions, samples, counts = {}, {}, {}, {}
+    moments, sums, counts, samples, kept = {}, {}, {}, {}, {}
     for by_teacher in features:
         for name, (summary, spatial, *mask) in by_teacher.items():
             moments.setdefault(name, Moments(spatial.shape[-1], f'teacher {name}')).update(spatial, *mask)
-            directions[name] = directions.get(name, 0) + F.normalize(summary.double(), dim=-1).sum(0)
-            counts[name] = counts.get(name, 0) + len(summary)
+            directions = F.normalize(summary.double(), dim=-1)
+            sums[name], counts[name] = sums.get(name, 0) + directions.sum(0), counts.get(name, 0) + len(summary)
             samples.setdefault(name, []).extend([sample_positions(spatial.float(), sample, *mask)] if sample else [])
-    return {name: Statistics(moments[name], directions[name]/counts[name], samples[name]) for name in moments}
+            kept.setdefault(name, []).extend([directions.float()] if keep_directions else [])
+    return {name: Statistics(moments[name], sums[name]/counts[name], samples[name], kept[name]) for name in moments}
 
 # %% ../../nbs/training/05_statistics.ipynb #031ddd29
 def sample_positions(
@@ -81,15 +87,16 @@ def merge_ranks(
     accelerator:Accelerator,
 )->dict[str, Statistics]:             # what all have seen, the same bits on every process
     "Merge the statistics of all processes, in the order of their ranks."
-    by_rank = gather_object([{name: (s.spatial.state_dict(), s.summary.cpu(), [x.cpu() for x in s.sample])
-                              for name, s in statistics.items()}])
+    by_rank = gather_object([{name: (s.spatial.state_dict(), s.summary.cpu(), [x.cpu() for x in s.sample],
+                                     [x.cpu() for x in s.directions]) for name, s in statistics.items()}])
     merged = {}
     for name, own in statistics.items():
         moments = Moments(own.spatial.dim, own.spatial.name)
         for others in by_rank: moments.merge(Moments(moments.dim).load_state_dict(others[name][0]))
-        summaries, samples = zip(*(others[name][1:] for others in by_rank))
-        in_order = [torch.stack(shards, 1).flatten(0, 1) for shards in zip(*samples)]   # shards are rank::world
-        merged[name] = Statistics(moments, torch.stack(summaries).mean(0), in_order)
+        summaries, *kept = zip(*(others[name][1:] for others in by_rank))
+        # shards are rank::world
+        in_order = ([torch.stack(shards, 1).flatten(0, 1) for shards in zip(*by_rank)] for by_rank in kept)
+        merged[name] = Statistics(moments, torch.stack(summaries).mean(0), *in_order)
     return merged
 
 # %% ../../nbs/training/05_statistics.ipynb #11f0f1a3
@@ -202,7 +209,8 @@ def take_statistics(recipe:Recipe, plan:StagePlan, sources:list[Source], out:Pat
     seen = steps*min(b - a for a, b in (source.part.span for source in sources))
     sample = -(-SAMPLE//seen) if recipe.information else 0
     torch.manual_seed(recipe.seed)
-    with rng_shard(**shard_of(accelerator)): statistics = merge_ranks(measure(features(), sample), accelerator)
+    with rng_shard(**shard_of(accelerator)):
+        statistics = merge_ranks(measure(features(), sample, recipe.summary_loss == 'angle'), accelerator)
     if main: save_statistics(recipe, plan, {name: statistics[name] for name in plan.measured}, out, device)
     accelerator.wait_for_everyone()
 
@@ -221,7 +229,8 @@ def check_counts(recipe:Recipe, name:str, spatial:Moments): # of a teacher's gri
 def save_statistics(recipe:Recipe, plan:StagePlan, statistics:dict[str, Statistics], out:Path, device:torch.device):
     "Fit normalizers, and modules where the recipe has them, and write them with the statistics."
     tensors, curves = load_statistics(out) if plan.first else {}, {}
-    for name, (spatial, summary, sample) in statistics.items():
+    summary_weights, _ = teacher_weights(recipe, list(teacher_names(recipe.teachers)))
+    for name, (spatial, summary, sample, directions) in statistics.items():
         check_counts(recipe, name, spatial)
         normalizer = fit_normalizer(METHODS[recipe.method].normalizer, spatial)
         if recipe.information:
@@ -230,6 +239,8 @@ def save_statistics(recipe:Recipe, plan:StagePlan, statistics:dict[str, Statisti
             modules, curves[name] = fit_teacher(name, normalizer.to(device)(vectors), recipe)
             tensors |= {f'{name}.modules.{key}': tensor for key, tensor in modules.state_dict().items()}
         tensors |= {f'{name}.normalizer.{key}': tensor for key, tensor in normalizer.state_dict().items()}
+        if directions and summary_weights[name]:
+            tensors[f'{name}.dispersion'] = torch.tensor(dispersion(torch.cat(directions), name), dtype=torch.float64)
         measured = {'mean': spatial.mean, 'variance': spatial.cov.diagonal(), 'summary': summary}
         tensors |= {f'{name}.{key}': tensor for key, tensor in measured.items()}
     if curves: write_json(out/'information.json', curves)
@@ -249,6 +260,16 @@ def load_normalizers(
     tensors = load_statistics(out, step)
     found = {name: _tensors_of(f'{name}.normalizer.', tensors) for name in names}
     return {name: Normalizer(**own) for name, own in found.items() if own}
+
+def load_summary_losses(
+    names:Iterable[str], # of the teachers
+    out:Path,
+    step:int|None=None,  # at which they hold; None for the last
+)->dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    "By teacher, the loss of its summaries, for a run whose recipe says `summary_loss = 'angle'`."
+    tensors = load_statistics(out, step)
+    known = [name for name in names if f'{name}.dispersion' in tensors]
+    return {name: partial(angle_loss, disp=tensors[f'{name}.dispersion'].item()) for name in known}
 
 # %% ../../nbs/training/05_statistics.ipynb #6906cf4e
 SAMPLE = 20_000  # vectors of each teacher to train its modules on

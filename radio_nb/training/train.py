@@ -45,7 +45,8 @@ from .run_folder import forget_statistics, load_checkpoint, metrics_file, recipe
 from .stages import StagePlan, check_device, check_machine, check_recipe
 from .distributed import new_accelerator
 from .teacher_cache import weights_fingerprint
-from .statistics import crop_sides, load_cifd_loss, load_normalizers, open_sources, statistics_at
+from .statistics import crop_sides, load_cifd_loss, load_normalizers, load_summary_losses
+from .statistics import open_sources, statistics_at
 from .statistics import statistics_file, take_statistics, training_teachers
 from .monitor import flatten_metrics, imbalance_warning, read_logs
 from .trainer import DistillStep, Trainer, retarget, teacher_gradient_norms
@@ -295,6 +296,7 @@ def start_stage(run:TrainingRun, plan:StagePlan):
     before = load_normalizers(run.widths, out, plan.first - 1) if plan.first else {}
     if recipe.init: before = {name: identity(width) for name, (_, width) in run.widths.items()} | before
     run.trainer.start_stage(plan, sources, normalizers, before)
+    run.trainer.loss.of_summaries = load_summary_losses(run.widths, out, plan.first)
 
 # %% ../../nbs/training/08_train.ipynb #03c75692
 def watch_gradients(run:TrainingRun, batches:tuple[Batch, ...])->dict:
