@@ -98,11 +98,16 @@ class Pixels:
         images:Tensor,        # (B, 3, H, W) uint8
         device:torch.device,
     ):
-        self.full = to_device(images, device)/255
+        self.images, self.full = images, to_device(images, device)/255
         self.made = {tuple(images.shape[-2:]): self.full}
+
+    def on(self, device:torch.device)->'Pixels':
+        "The same images on another device."
+        return Pixels(self.images, device)
 
     def at(self,
         size:int|tuple[int, int],  # see `resize`
+        who:str='',                # a teacher's name, or '' for the student; here all see the same
     )->Tensor:                     # (B, 3, h, w)
         "The images at a size."
         size = height_width(size)

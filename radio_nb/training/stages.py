@@ -115,6 +115,8 @@ def check_views(recipe:Recipe):
         if recipe.cache: raise BadInput('a stream cannot be cached: give the folder or file itself')
         if recipe.views: raise BadInput('the images of a stream have no fixed views; open it without stream:')
     if recipe.cache and not recipe.views: raise BadInput('a cache needs crops that come again: add --views 4, say')
+    if recipe.cache and recipe.shift:
+        raise BadInput('shift: a cache knows each crop as seen from one place only; leave out one of the two')
 
 # %% ../../nbs/training/02_stages.ipynb #d978df86
 def check_evaluation(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLE', 'Statistics', 'measure', 'sample_positions', 'merge_ranks', 'crop_sides', 'Source', 'computes_in_bfloat16',
-           'training_teachers', 'open_sources', 'statistics_at', 'statistics_file', 'load_statistics',
+           'training_teachers', 'source_shift', 'open_sources', 'statistics_at', 'statistics_file', 'load_statistics',
            'take_statistics', 'check_counts', 'save_statistics', 'load_normalizers', 'load_summary_losses',
            'fit_teacher', 'load_cifd_loss']
 
@@ -37,6 +37,7 @@ from ..data.crops import Batch, Crops, Pixels, image_batches, random_crop
 from ..data.streams import StreamedCrops, crop_stream
 from ..data.files import Progress, write_json
 from ..agglomeration.angles import angle_loss, dispersion
+from ..agglomeration.shifts import Places, Shift, Windows, shift_of
 from .recipe import Recipe, teacher_names, teacher_precisions, teacher_weights
 from .stages import StagePlan, BatchPartition
 from .distributed import shard_of
@@ -116,14 +117,26 @@ class Source(NamedTuple):
     teachers: dict[str, Callable[[Tensor], Features]]  # from images in [0, 1]
     cached: dict[str, CachedTeacher] = {}              # those whose features are on disk
     teacher_device: torch.device|None = None           # where the teachers are, if not with the student
+    shift: Shift|None = None                           # how far apart student and teachers look; None: all see the same
 
     def batches(self, recipe:Recipe, accelerator:Accelerator, first:int, last:int)->Iterator[Batch]:
         "What this process sees of the part, from step `first` to before `last`."
         return image_batches(self.crops, recipe.batch_size, last, first, recipe.workers, span=self.part.span,
                              **shard_of(accelerator))
 
+    def places(self, seed:int)->Places:
+        "Where the student ('') and the teachers look; empty where all see the same."
+        return self.shift.draw(['', *self.teachers], seed) if self.shift else {}
+
+    def pixels(self, batch:Batch, device:torch.device, places:Places|None=None)->Pixels: # places: see `Windows`
+        "The images of a batch as student and teachers see them. Raises `BadInput` for masks where windows move."
+        if self.shift is None: return Pixels(batch.images, device)
+        if batch.masks is not None: raise BadInput('shift: crops with masks cannot be looked at from several places')
+        return Windows(batch.images, device, self.shift, places or {})
+
     def teacher_features(self, batch:Batch, device:torch.device, pixels:Pixels|None=None)->dict[str, Features]:
         "The teachers' features of a batch, see `teacher_features`."
+        if self.shift and pixels is None: pixels = self.pixels(batch, device)
         return teacher_features(self.teachers, batch, device, self.cached, self.teacher_device, pixels)
 
 # %% ../../nbs/training/05_statistics.ipynb #1ea9cbac
@@ -139,6 +152,16 @@ def training_teachers(recipe:Recipe, teachers:dict[str, Teacher])->dict[str, Tea
         found[name] = teacher.lowered() if precisions[name] == 'bfloat16' else copy(teacher)
         if recipe.compile: found[name].features = torch.compile(teacher.features, backend=recipe.compile, dynamic=False)
     return found
+
+# %% ../../nbs/training/05_statistics.ipynb #5638b1b6
+def source_shift(recipe:Recipe, part:BatchPartition, teachers:dict[str, Teacher])->Shift|None:
+    "How far apart student and teachers look, in steps that are whole positions of all their grids. Raises `BadInput`."
+    if not recipe.shift: return None
+    grids = {'the student': tuple(side//(recipe.stride or 16) for side in part.size)}
+    for name, teacher in teachers.items():
+        grey = torch.full((1, 3, teacher.size, teacher.size), .5, device=teacher.mean.device)
+        grids[f'teacher {name}'] = tuple(teacher(grey).spatial.shape[1:3])
+    return shift_of(recipe.shift, grids)
 
 # %% ../../nbs/training/05_statistics.ipynb #1e59a866
 def open_sources(
@@ -156,11 +179,13 @@ def open_sources(
     sources = []
     for part in plan.parts:
         here = {name: teachers[name] for name in part.weights}
-        crops, cached = crops_of(crop_sides(part.size, [teacher.size for teacher in here.values()])), {}
+        size = crop_sides(part.size, [teacher.size for teacher in here.values()])
+        shift = source_shift(recipe, part, here)
+        crops, cached = crops_of(shift.crop_size(size) if shift else size), {}
         if recipe.cache:
             cached = fill_cache(here, crops, recipe.cache, recipe.batch_size, accelerator, recipe.workers)
             crops = crops_of(part.size)
-        sources.append(Source(part, crops, here, cached, torch.device(recipe.teacher_device or device)))
+        sources.append(Source(part, crops, here, cached, torch.device(recipe.teacher_device or device), shift))
     return sources
 
 def _check_cacheable(recipe, images, crop):

@@ -309,11 +309,11 @@ def teacher_features(
 )->dict[str, Features]:
     "Every teacher's features of a batch: remembered where there is a cache, computed where there is none."
     cached, features = cached or {}, {}
-    live = [name for name in teachers if name not in cached]
-    home = teacher_device or device
-    if live and (pixels is None or home != device): pixels = Pixels(batch.images, home)
+    live, home = [name for name in teachers if name not in cached], teacher_device or device
+    if live and pixels is None: pixels = Pixels(batch.images, home)
+    elif live and home != device: pixels = pixels.on(home)
     for name, teacher in teachers.items():
-        if name in live: own = teacher(pixels.at(getattr(teacher, 'size', batch.images.shape[-2:])))
+        if name in live: own = teacher(pixels.at(getattr(teacher, 'size', batch.images.shape[-2:]), name))
         else: own = cached[name](batch.rows)
         features[name] = Features(*(to_device(tensor, device) for tensor in own))
     return features

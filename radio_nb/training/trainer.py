@@ -24,7 +24,8 @@ from ..losses.balancing import BETAS
 from ..losses.multi_teacher import MultiTeacherLoss
 from ..models.randomness import rng_shard
 from ..models.student import Student
-from ..data.crops import Batch, Pixels
+from ..data.crops import Batch
+from ..agglomeration.shifts import moved, shared_positions
 from .recipe import Recipe
 from .stages import BatchPartition, StagePlan, learning_rate, teacher_dropout
 from .distributed import distribute, full_state_dict, grad_sync, load_full_state_dict, new_accelerator
@@ -81,10 +82,13 @@ class DistillStep(nn.Module):
         part:BatchPartition,               # to which the images belong
         scale:dict[str, float|Tensor],     # by teacher, a factor for its losses
         masks:dict[str, Tensor]|None=None, # by teacher, which positions of its grid count; all without it
+        moves:dict[str, Tensor]|None=None, # by teacher, how far its window lies from the student's, see `moved`
     )->tuple[Tensor, dict[str, dict[str, Tensor]]]: # the loss; and for a log, by teacher and kind
         "The loss of one microbatch."
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16):
             outputs = self.student(images)
+            for name, by in (moves or {}).items():
+                outputs[name] = outputs[name]._replace(spatial=moved(outputs[name].spatial, by))
             if self.cifd is None: return self.loss(outputs, targets, masks, scale)
             kept = self.cifd.kept()
             teacher_scale = {name: scale[name]*kept[name]['teacher'] for name in targets}
@@ -239,17 +243,18 @@ def microbatch_loss(
     active:dict[str, float|Tensor], # by teacher, 1 or 0 where it is left out
 )->tuple[Tensor, list]:       # the loss, and what it adds to the log, see `log_terms`
     "Teachers, student and losses of some images."
-    part = micro.source.part
+    part, places = micro.source.part, micro.source.places(micro.seed)
     with trainer.timer('teachers'):
-        pixels = Pixels(micro.batch.images, trainer.device)
+        pixels = micro.source.pixels(micro.batch, trainer.device, places)
         features = micro.source.teacher_features(micro.batch, trainer.device, pixels)
         targets = normalize_targets(features, trainer.normalizers, trainer.step)
     torch.manual_seed(micro.seed)
     with trainer.timer('student'), rng_shard(**micro.shard):
         draw_window(trainer.student, part.size)
         scale = {name: weight*active[name] for name, weight in part.weights.items()}
-        masks = grid_masks(micro.batch.masks, targets)
-        loss, losses = trainer.state.model(pixels.at(part.size), targets, part, scale, masks)
+        masks, moves = grid_masks(micro.batch.masks, targets), {}
+        if places: masks, moves = shared_positions(micro.source.shift, places, targets)
+        loss, losses = trainer.state.model(pixels.at(part.size), targets, part, scale, masks, moves)
     return loss, log_terms(part, loss, losses, trainer.distill_step.bits(), trainer.recipe.accumulate)
 
 @torch.no_grad()
@@ -331,7 +336,7 @@ def teacher_gradient_norms(trainer:Trainer, batches:tuple[Batch, ...])->dict[str
     for micro in micros:
         part = micro.source.part
         if part.weights.keys() <= norms.keys(): continue
-        pixels = Pixels(micro.batch.images, trainer.device)
+        pixels = micro.source.pixels(micro.batch, trainer.device)
         features = micro.source.teacher_features(micro.batch, trainer.device, pixels)
         targets = normalize_targets(features, trainer.normalizers, trainer.step)
         new = {name: target for name, target in targets.items() if name not in norms}
