@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..targets.bad_input import BadInput
 from ..targets.features import Features
-from ..data.crops import Pixels, height_width
+from ..data.crops import Pixels, height_width, to_device
 
 # %% ../../nbs/agglomeration/01_shifts.ipynb #6ac8d519
 def fixed_pattern(
@@ -107,5 +107,5 @@ def shared_positions(
             seen.append((at >= 0) & (at < n))
         masks[name] = (seen[0][:, None] & seen[1]).expand(len(spatial), -1, -1)
         by = [step*side//n for step, side, n in zip(apart, shift.student, shift.units)]
-        moves[name] = torch.tensor(by, device=spatial.device)
+        moves[name] = to_device(torch.tensor(by), spatial.device)
     return masks, moves

@@ -158,9 +158,10 @@ def source_shift(recipe:Recipe, part:BatchPartition, teachers:dict[str, Teacher]
     "How far apart student and teachers look, in steps that are whole positions of all their grids. Raises `BadInput`."
     if not recipe.shift: return None
     grids = {'the student': tuple(side//(recipe.stride or 16) for side in part.size)}
-    for name, teacher in teachers.items():
-        grey = torch.full((1, 3, teacher.size, teacher.size), .5, device=teacher.mean.device)
-        grids[f'teacher {name}'] = tuple(teacher(grey).spatial.shape[1:3])
+    with torch.compiler.set_stance('force_eager'):   # not compiled for one grey image
+        for name, teacher in teachers.items():
+            grey = torch.full((1, 3, teacher.size, teacher.size), .5, device=teacher.mean.device)
+            grids[f'teacher {name}'] = tuple(teacher(grey).spatial.shape[1:3])
     return shift_of(recipe.shift, grids)
 
 # %% ../../nbs/training/05_statistics.ipynb #1e59a866
