@@ -104,6 +104,7 @@ def check_recipe(recipe:Recipe)->tuple[StagePlan, ...]: # the stages, worked out
     check_evaluation(recipe, any(summary.values()), any(spatial.values()))
     if recipe.shard and recipe.ema:
         raise BadInput('shard: an average of sharded weights is not kept; leave out --ema')
+    if recipe.shard and recipe.damp: raise BadInput('shard: weights in shards are not made noisy; leave out --damp')
     if recipe.shard and any(plan.measured for plan in plans[1:]):
         raise BadInput('shard: sharded heads cannot change their targets; '
                        'set restart_statistics = false in later stages')

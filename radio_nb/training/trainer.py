@@ -25,6 +25,7 @@ from ..losses.multi_teacher import MultiTeacherLoss
 from ..models.randomness import rng_shard
 from ..models.student import Student
 from ..data.crops import Batch
+from ..agglomeration.damp import noisy_weights
 from ..agglomeration.shifts import moved, shared_positions
 from .recipe import Recipe
 from .stages import BatchPartition, StagePlan, learning_rate, teacher_dropout
@@ -303,7 +304,8 @@ class Trainer:
         self.state.model.train()
         self.state.optimizer.zero_grad()
         for micro in micros:
-            with grad_sync(self.state.model, accelerator, micro.last):
+            noise = noisy_weights(self.student, recipe.damp, micro.seed + (micro.shard['rank'] << 50))
+            with noise, grad_sync(self.state.model, accelerator, micro.last):
                 loss, more = microbatch_loss(self, micro, active)
                 with self.timer('student'):
                     accelerator.backward(loss/recipe.accumulate)   # the last one averages gradients over processes
