@@ -36,7 +36,7 @@ def dispersion(
 )->float:        # in rad²
     "The mean squared angle to the mean direction (C-RADIOv4). Raises `BadInput` where all directions are the same."
     disp = squared_angle(y.double(), mean_direction(y).expand(len(y), -1)).mean().item()
-    if not disp > 1e-12: raise BadInput(f'teacher {name}: its summaries all have the same direction; give it the '
+    if not disp > 1e-6: raise BadInput(f'teacher {name}: its summaries all have the same direction; give it the '
                                         'weight 0 in summary_weights')
     return disp
 

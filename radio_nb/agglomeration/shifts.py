@@ -28,7 +28,7 @@ def fixed_pattern(
 
 # %% ../../nbs/agglomeration/01_shifts.ipynb #15b08451
 class Shift(NamedTuple):
-    "How far apart windows of one crop may lie, in steps that are whole positions of every grid."
+    "Where windows of one crop may lie, in steps that are whole positions of every grid."
     most: int                # steps from the middle, in each direction
     units: tuple[int, int]   # steps that a window is high and wide
     student: tuple[int, int] # positions of the student's grid
@@ -42,21 +42,23 @@ class Shift(NamedTuple):
         generator = torch.Generator().manual_seed(seed)
         return dict(zip(names, torch.randint(2*self.most + 1, (len(names), 2), generator=generator).tolist()))
 
+    def place(self, places:'Places', who:str)->tuple[int, int]:
+        "Where someone's window is; in the middle for those who are not in `places`."
+        return places.get(who, (self.most, self.most))
+
 Places = dict[str, tuple[int, int]]   # from `Shift.draw`, by teacher; the student's is called ''
 
 def shift_of(
-    most:int,                         # positions of the student's grid, at least one step
+    most:int,                         # steps from the middle
     grids:dict[str, tuple[int, int]], # height and width by name, the student's first
 )->Shift:
     "Windows for these grids. Raises `BadInput` where they could lie so far apart that nothing is seen by both."
     units = tuple(gcd(*sides) for sides in zip(*grids.values()))
-    student = next(iter(grids.values()))
-    steps = max(1, most*min(units)//min(student))
-    if 2*steps >= min(units):
+    if 2*most >= min(units):
         shapes = ', '.join(f'{name} {height} × {width}' for name, (height, width) in grids.items())
         raise BadInput(f'shift: the grids ({shapes}) have only {units[0]} × {units[1]} steps in common, too few for '
-                       f'windows {2*steps} apart; choose sizes whose grids have more, or a smaller shift')
-    return Shift(steps, units, student)
+                       f'windows up to {2*most} apart; choose sizes whose grids have more, or a smaller shift')
+    return Shift(most, units, next(iter(grids.values())))
 
 # %% ../../nbs/agglomeration/01_shifts.ipynb #9e674cb6
 class Windows(Pixels):
@@ -80,7 +82,7 @@ class Windows(Pixels):
         if height % units[0] or width % units[1]:
             raise BadInput(f'shift: {height} × {width} pixels are not a whole number for each of '
                            f'{units[0]} × {units[1]} steps')
-        place = self.places.get(who, (self.shift.most, self.shift.most))
+        place = self.shift.place(self.places, who)
         top, left = (at*side//n for at, side, n in zip(place, (height, width), units))
         return super().at(self.shift.crop_size((height, width)))[..., top:top + height, left:left + width]
 
@@ -101,7 +103,8 @@ def shared_positions(
     "What student and teachers both see, and how far the student's grid has to be moved."
     masks, moves = {}, {}
     for name, (_, spatial) in targets.items():
-        apart, seen = [there - here for there, here in zip(places[name], places[''])], []
+        apart = [there - here for there, here in zip(shift.place(places, name), shift.place(places, ''))]
+        seen = []
         for side, n, step in zip(spatial.shape[1:3], shift.units, apart):
             at = torch.arange(side, device=spatial.device)//(side//n) + step
             seen.append((at >= 0) & (at < n))

@@ -33,7 +33,8 @@ def merge_tokens(
 )->Merged:
     "Merge the vectors of a grid that are most alike, once (ToMe, as RADIOv2.5 uses it). Raises `BadInput`."
     (batch, *shape, width), x = grid.shape, grid.flatten(1, 2)
-    if any(side % cell for side in shape): raise BadInput(f'a grid of {shape[0]} × {shape[1]} has no cells of {cell}')
+    if cell < 1 or any(side % cell for side in shape):
+        raise BadInput(f'a grid of {shape[0]} × {shape[1]} has no cells of {cell}')
     n, here = x.shape[1], torch.zeros(shape, dtype=torch.bool, device=x.device)
     here[cell//2::cell, cell//2::cell] = True
     destinations, sources = (which.flatten().nonzero()[:, 0] for which in (here, ~here))
@@ -48,5 +49,6 @@ def merge_tokens(
     stays = torch.ones_like(home).scatter_(1, sources[gone], 0)
     token_of = (stays.cumsum(1) - 1).gather(1, home)   # those that stay are numbered in the order of reading
     sizes = torch.zeros_like(home[:, :keep]).scatter_add_(1, token_of, torch.ones_like(home))
-    sums = x.new_zeros(batch, keep, width).scatter_add_(1, token_of[..., None].expand_as(x), x)
-    return Merged(sums/sizes[..., None], sizes, token_of.unflatten(1, shape))
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))   # sums of thousands
+    sums = wide.new_zeros(batch, keep, width).scatter_add_(1, token_of[..., None].expand_as(x), wide)
+    return Merged((sums/sizes[..., None]).to(x.dtype), sizes, token_of.unflatten(1, shape))

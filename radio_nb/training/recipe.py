@@ -127,7 +127,7 @@ class Recipe(Task):
     summary_loss: Literal['cosine', 'angle'] = 'cosine'  # angle: over each teacher's spread of directions (C-RADIOv4)
     balance: Literal['fixed', 'ada', 'uncertainty'] = 'fixed'  # how the teachers' losses are balanced
     damp: NotNegative = 0.              # spread of factors on the student's weights, in each part of a batch (DAMP)
-    shift: AtLeast0 = 0                 # positions by which student and teachers look apart at most (C-RADIOv4); 0: not
+    shift: AtLeast0 = 0                 # steps of the grid by which windows of a crop lie off its middle (C-RADIOv4)
     grid: Literal['larger', 'student'] = 'larger'  # where grids meet: AM-RADIO's choice, or the PHI-S study's
     summary_weights: tuple[NotNegative, ...] = ()  # by teacher, 0 for one without a summary; 1 by default
     spatial_weights: tuple[NotNegative, ...] = ()  # by teacher; 1 by default
