@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AtLeast0', 'AtLeast1', 'NotNegative', 'Positive', 'Fraction', 'Share', 'Probability', 'Size', 'Precision', 'RECIPES',
-           'Interval', 'fits', 'wanted', 'check_values', 'Checked', 'Partition', 'Stage', 'Task', 'Recipe',
+           'Interval', 'fits', 'wanted', 'check_values', 'Checked', 'Partition', 'Stage', 'Task', 'Learning', 'Recipe',
            'recipe_toml', 'read_recipe', 'recipe_file', 'parse_recipe', 'difference', 'teacher_names',
            'teacher_weights', 'teacher_precisions', 'check_rates', 'check_names']
 
@@ -115,8 +115,8 @@ class Task(Checked):
 
 # %% ../../nbs/training/00_recipe.ipynb #773f8aa3
 @dataclass(frozen=True)
-class Recipe(Task):
-    "What to distil, and how."
+class Learning(Task):
+    "Who learns, and how."
     student: str = 'vit_tiny_patch16_224'  # a timm network from scratch, or timm:NAME[@FILE] with weights
     stem: str = ''                      # spec of a convolutional network whose first stages replace the patch embedding
     depth: AtLeast0 = 0                 # keep only the first so many blocks of the student; 0 for all
@@ -150,6 +150,16 @@ class Recipe(Task):
     teacher_dropout: Probability = 0.   # how often a teacher is left out of a step, never the worst match (UNIC)
     hold_out: AtLeast0 = 0              # images kept from training, to evaluate the student on
     seed: AtLeast0 = 0                  # of everything random
+    information: tuple[Positive, ...] = ()  # rates R of the modules of each teacher, say 100 10 1 (CIFD)
+    information_steps: AtLeast1 = 1000  # of these modules' own training, before the student's
+    information_weight: NotNegative = 1.  # of all modules of a teacher together, beside its own 1
+    bottleneck: NotNegative = 1e-3      # with information: the penalty on a nat of each student vector; 0 for none
+    kd_dropout: Fraction = .25          # with information: how often a teacher or module is left out of a step
+
+# %% ../../nbs/training/00_recipe.ipynb #614bbe63
+@dataclass(frozen=True)
+class Recipe(Learning):
+    "What to distil, and how."
     precision: Precision = 'float32'    # of the student's matrix products
     teacher_precision: tuple[Precision, ...] = ()  # of the teachers', one for all or each; none: what suits the device
     checkpoint_activations: bool = False # keep only what goes into a block, and compute the block again; saves memory
@@ -161,11 +171,6 @@ class Recipe(Task):
     draft: bool = False                 # decode large JPEGs smaller where a crop allows it; faster, and other pixels
     views: AtLeast0 = 0                 # different crops of each image; 0 for a new one every time
     cache: str = ''                     # with views: folder that keeps teacher features, for all runs
-    information: tuple[Positive, ...] = ()  # rates R of the modules of each teacher, say 100 10 1 (CIFD)
-    information_steps: AtLeast1 = 1000  # of these modules' own training, before the student's
-    information_weight: NotNegative = 1.  # of all modules of a teacher together, beside its own 1
-    bottleneck: NotNegative = 1e-3      # with information: the penalty on a nat of each student vector; 0 for none
-    kd_dropout: Fraction = .25          # with information: how often a teacher or module is left out of a step
     log_every: AtLeast1 = 10            # steps between readings of losses and times from the device
     checkpoint_every: AtLeast1 = 100    # steps between checkpoints
     keep: AtLeast1 = 2                  # how many checkpoints to keep

@@ -106,6 +106,10 @@ class Microbatch(NamedTuple):
     seed: int               # of what is drawn
     last: bool              # whether it is the step's last
 
+    def noise(self, student:nn.Module, sigma:float): # a context, see `noisy_weights`
+        "The noise on the student's weights while it sees these images."
+        return noisy_weights(student, sigma, self.seed + (self.shard['rank'] << 50))
+
 def microbatches(sources:list[Source], batches:tuple[Batch, ...], accumulate:int, seed:int,
                  accelerator:Accelerator)->list[Microbatch]:
     "The microbatches of a step. Raises `BadInput` for a batch that cannot be divided."
@@ -304,8 +308,7 @@ class Trainer:
         self.state.model.train()
         self.state.optimizer.zero_grad()
         for micro in micros:
-            noise = noisy_weights(self.student, recipe.damp, micro.seed + (micro.shard['rank'] << 50))
-            with noise, grad_sync(self.state.model, accelerator, micro.last):
+            with micro.noise(self.student, recipe.damp), grad_sync(self.state.model, accelerator, micro.last):
                 loss, more = microbatch_loss(self, micro, active)
                 with self.timer('student'):
                     accelerator.backward(loss/recipe.accumulate)   # the last one averages gradients over processes
