@@ -122,7 +122,8 @@ def test_a_broken_run_goes_on_to_the_same_student(recipe, out, tmp_path):
 
 def test_pieces_and_processes_train_the_same_student(recipe, tmp_path):
     ways = {'one': (1, {}), 'pieces': (1, {'accumulate': 2}), 'processes': (2, {})}
-    children = [Children(n, tmp_path/f'{name}-log', double, replace(recipe, out=str(tmp_path/name), **fields))
+    children = [Children(n, tmp_path/f'{name}-log', double,
+                         replace(recipe, out=str(tmp_path/name), steps=2, watch_every=0, **fields))
                 for name, (n, fields) in ways.items()]
     for child in children: child.wait()
     one, *others = (load_checkpoint(tmp_path/name/'checkpoints')['trainer']['weights'] for name in ways)
