@@ -7,10 +7,12 @@ import os
 import socket
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import datasets.config
 import numpy as np
+import pytest
 import timm
 import torch
 from datasets import Dataset
@@ -20,7 +22,7 @@ from safetensors.torch import save_file
 
 from radio_nb.front.cli import main
 from radio_nb.data.files import Stopped
-from radio_nb.training.train import run_recipe
+from radio_nb.training.train import Callbacks, run_recipe
 from radio_nb.models.zoo import photographs
 
 # in the server nothing has computed yet: a fork of a process with busy threads would hang
@@ -50,6 +52,17 @@ def train(recipe, resume=False):
     except Stopped as e:
         print(e)
         raise SystemExit(130) from e
+
+
+def same_after_a_break(recipe, out, other):
+    "Whether a run that is broken off in its third step, and goes on, gives the student of `out`."
+    def fail(run):
+        if run.step == 3: raise RuntimeError('the power')
+    broken = replace(recipe, out=str(other))
+    with pytest.raises(RuntimeError, match='the power'): run_recipe(broken, callbacks=Callbacks(fail))
+    run_recipe(broken, resume=True)
+    one, two = (Path(folder)/'student.safetensors' for folder in (out, broken.out))
+    return one.read_bytes() == two.read_bytes()
 
 
 def command(*args):

@@ -1,10 +1,9 @@
 "Noise on the weights: what it changes in a trainer, and that a run with it can be broken off and shared out."
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from children import Children, apart, small_images, train
+from children import Children, apart, same_after_a_break, small_images, train
 from test_balancing import IDENTITY, NAMES, Patches, batch, scaled_teacher
 from torch import nn
 from torch.testing import assert_close
@@ -16,7 +15,7 @@ from radio_nb.training.recipe import Recipe
 from radio_nb.training.run_folder import load_checkpoint
 from radio_nb.training.stages import check_recipe, plan_stages
 from radio_nb.training.statistics import Source
-from radio_nb.training.train import Callbacks, run_recipe
+from radio_nb.training.train import run_recipe
 from radio_nb.training.trainer import DistillStep, Trainer
 
 
@@ -74,13 +73,7 @@ def recipe(tmp_path_factory):
 
 
 def test_a_broken_run_goes_on_to_the_same_student(recipe, tmp_path):
-    def fail(run):
-        if run.step == 3: raise RuntimeError('the power')
-    out, broken = run_recipe(recipe), replace(recipe, out=str(tmp_path/'run'))
-    with pytest.raises(RuntimeError, match='the power'): run_recipe(broken, callbacks=Callbacks(fail))
-    run_recipe(broken, resume=True)
-    one, other = (Path(folder)/'student.safetensors' for folder in (out, broken.out))
-    assert one.read_bytes() == other.read_bytes()
+    assert same_after_a_break(recipe, run_recipe(recipe), tmp_path/'run')
 
 
 def double(recipe):

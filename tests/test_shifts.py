@@ -1,10 +1,9 @@
 "Student and teachers that look from different places: what they are compared on, in a trainer and in whole runs."
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from children import Children, apart, small_images, train
+from children import Children, apart, same_after_a_break, small_images, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_balancing import IDENTITY, NAMES, Patches
@@ -20,7 +19,7 @@ from radio_nb.training.recipe import Recipe
 from radio_nb.training.run_folder import load_checkpoint
 from radio_nb.training.stages import check_recipe, plan_stages
 from radio_nb.training.statistics import Source, load_statistics
-from radio_nb.training.train import Callbacks, run_recipe
+from radio_nb.training.train import run_recipe
 from radio_nb.training.trainer import DistillStep, Trainer
 
 CPU = torch.device('cpu')
@@ -111,13 +110,7 @@ def out(recipe): return run_recipe(recipe)
 
 
 def test_a_broken_run_goes_on_to_the_same_student(recipe, out, tmp_path):
-    def fail(run):
-        if run.step == 3: raise RuntimeError('the power')
-    broken = replace(recipe, out=str(tmp_path/'run'))
-    with pytest.raises(RuntimeError, match='the power'): run_recipe(broken, callbacks=Callbacks(fail))
-    run_recipe(broken, resume=True)
-    one, other = (Path(folder)/'student.safetensors' for folder in (out, broken.out))
-    assert one.read_bytes() == other.read_bytes()
+    assert same_after_a_break(recipe, out, tmp_path/'run')
 
 
 def test_pieces_and_processes_train_the_same_student(recipe, tmp_path):
