@@ -22,7 +22,6 @@ from torch.testing import assert_close
 from radio_nb.data.crops import (
     Crops,
     centre_crop,
-    height_width,
     image_batches,
     padded_crop,
     random_box,
@@ -34,6 +33,7 @@ from radio_nb.data.images import UNDECODED, Unreadable, decode, hold_out, images
 from radio_nb.data.streams import StreamedCrops, crop_stream
 from radio_nb.models.randomness import rng_shard, uniform
 from radio_nb.targets.bad_input import BadInput
+from radio_nb.targets.features import height_width
 
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0   # seconds a stream of Parquet waits for Arrow's threads at its end
 

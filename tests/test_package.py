@@ -186,7 +186,8 @@ def test_the_wheel_holds_modules_and_weights_and_its_metadata_the_extras(tmp_pat
     wheel = ZipFile(next(tmp_path.glob('*.whl')))
     names = wheel.namelist()
     modules = {str(file(name).relative_to(ROOT)) for name in ORDER}
-    data = {f'radio_nb/{name}' for name in ('weights/u2netp.safetensors', 'recipes/am-radio-h.toml', 'py.typed')}
+    recipes = [f'recipes/{name}.toml' for name in ('am-radio-h', 'c-radio-v4-so400m', 'radio-v2.5-b')]
+    data = {f'radio_nb/{name}' for name in ('weights/u2netp.safetensors', *recipes, 'py.typed')}
     assert modules | data | {'radio_nb/__main__.py'} <= set(names)
     metadata = next(wheel.read(name).decode() for name in names if name.endswith('METADATA'))
     required = [line for line in metadata.splitlines() if line.startswith('Requires-Dist') and 'extra ==' not in line]

@@ -2,9 +2,11 @@
 import re
 import socket
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
+from children import small_images
 from torch._C._profiler import _EventType
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -12,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from radio_nb.data.crops import Batch
 from radio_nb.front import cli
 from radio_nb.models.specs import check_spec
+from radio_nb.models.student import Student
 from radio_nb.targets.bad_input import BadInput
 from radio_nb.training.counting import MORE_FORMULAS, blank_normalizer, untrained_step, untrained_teachers
 from radio_nb.training.plan import (
@@ -26,9 +29,10 @@ from radio_nb.training.plan import (
     plan_recipe,
     too_large,
 )
-from radio_nb.training.recipe import RECIPES, Partition, Recipe, Stage, read_recipe
+from radio_nb.training.recipe import RECIPES, Partition, Recipe, Stage, read_recipe, teacher_names
 from radio_nb.training.stages import check_recipe
 from radio_nb.training.statistics import Source, crop_sides
+from radio_nb.training.train import run_recipe
 from radio_nb.training.trainer import Trainer
 
 PLAN = ['plan', '--teachers', 'timm:cifar_resnet8@random#64', '--size', '64', '--depth', '1', '--head-width', '32']
@@ -200,6 +204,31 @@ def test_packaged_recipes_make_sense():
         recipe = Recipe(**read_recipe(file.stem) | dict(images='zoo:photos', out=''))
         assert check_recipe(recipe) and 'ours' in file.read_text()
         for spec in recipe.teachers: check_spec(spec)
+
+
+def reduced(recipe, images, out):
+    "A recipe with small networks and images, a step of each stage, and everything else as it is."
+    small = [f'timm:{name}@random#64' for name in ('test_vit', 'test_vit2', 'test_vit3', 'test_efficientnet')]
+    named = dict(zip(teacher_names(recipe.teachers), teacher_names(tuple(small[:len(recipe.teachers)]))))
+    def half(side): return side//32*16
+    def own(level, **fields):
+        sizes = tuple(map(half, level.sizes))
+        return replace(level, size=half(level.size), sizes=sizes, **fields)
+    stages = tuple(own(stage, steps=1, partitions=tuple(
+        own(part, teachers=tuple(named[name] for name in part.teachers)) for part in stage.partitions))
+        for stage in recipe.stages)
+    batch = next(n for n in (8, 9) if all(abs(part.share*n - round(part.share*n)) < 1e-6
+                                          for stage in stages for part in stage.partitions))
+    return replace(recipe, images=images, out=out, teachers=tuple(small[:len(named)]), student='vit_tiny_patch16_224',
+                   depth=1, head_width=16, flexible=tuple(named[name] for name in recipe.flexible), stages=stages,
+                   batch_size=batch, statistics_steps=1, heads_only=1, device='cpu')
+
+
+@pytest.mark.parametrize('name', sorted(file.stem for file in RECIPES.glob('*.toml')))
+def test_packaged_recipes_start(name, tmp_path):
+    recipe = Recipe(**read_recipe(name) | dict(images='zoo:photos', out=''))
+    small = reduced(recipe, small_images(tmp_path/'images', 9), str(tmp_path/'run'))
+    assert Student.from_pretrained(run_recipe(small)).config['teachers']
 
 
 def test_the_command(capsys):

@@ -11,12 +11,12 @@ from datasets import Dataset
 from PIL import Image
 from torch import nn
 
-from radio_nb.data.crops import height_width
 from radio_nb.data.files import hours_minutes_seconds
 from radio_nb.front.evaluate import compare_folders, open_run
 from radio_nb.front.run_match import load_match, match_run
 from radio_nb.models.zoo import photographs
 from radio_nb.targets.bad_input import BadInput
+from radio_nb.targets.features import height_width
 from radio_nb.training.distributed import new_accelerator
 from radio_nb.training.train import Inputs
 from radio_nb.training.trainer import DistillStep, TrainState

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..targets.bad_input import BadInput
-from ..targets.features import Features
-from ..data.crops import Pixels, height_width, to_device
+from ..targets.features import Features, height_width
+from ..data.crops import Pixels, to_device
 
 # %% ../../nbs/agglomeration/01_shifts.ipynb #6ac8d519
 def fixed_pattern(

@@ -21,9 +21,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
+from ..targets.features import height_width
 from ..targets.bad_input import BadInput
 from ..data.images import Unreadable, decode, parquet_arguments, parquet_files
-from ..data.crops import height_width
 from .linear_probe import check_pair
 
 # %% ../../nbs/evaluation/05_segmentation.ipynb #308590ae

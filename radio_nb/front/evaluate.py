@@ -20,6 +20,7 @@ from ..targets.bad_input import BadInput
 from ..models.student import Student
 from ..models.teachers import Teacher, load_teacher
 from ..data.images import open_images
+from ..agglomeration.resolutions import teachers_at
 from ..training.recipe import Recipe, difference, teacher_names
 from ..training.run_folder import check_inputs, finished, recipe_of
 from ..training.stages import check_recipe
@@ -28,7 +29,7 @@ from ..training.train import best_device, teacher_fingerprint
 from ..evaluation.match import Constant
 from ..evaluation.scores import EvalData, Score, check_eval_data, load_scores, save_scores
 from ..evaluation.suites import EvalModel, ReadableImages, alignment_suite, labelled_suite, match_suite
-from ..evaluation.suites import segmentation_suite, shuffled_subset, student_eval_model, teacher_eval_model
+from ..evaluation.suites import place_suite, segmentation_suite, shuffled_subset, student_eval_model, teacher_eval_model
 from ..evaluation.suites import text_directions, zero_shot_suite
 from ..evaluation.compare import Comparison, best_cells, compare_runs, comparison_table
 from .pictures import footnotes, html_table, page
@@ -100,13 +101,14 @@ def match_at(
     compared = {'student': run.student, 'constant': Constant(statistics_file(run.out), list(teachers))}
     normalizers = load_normalizers(run.student.config['teachers'], run.out)
     _, only_summaries = learned_from(run.recipe, list(run.teachers))
-    def sides(size): return crop_sides(size, [teacher.size for teacher in teachers.values()])
+    def at(size): return teachers_at(size, teachers, run.recipe.flexible, run.recipe.stride)
+    def sides(size): return crop_sides(size, [teacher.size for teacher in at(size).values()])
     match, scores = {}, []
     for size in sizes or (run.size,):
         where = data.describe('images', more=f' at {size[0]} × {size[1]}')
         readable = ReadableImages(images, sides(size), stopped, where)
         students = {name: at_size(student, size) for name, student in compared.items()}
-        found, new = match_suite(students, teachers, normalizers, readable, run.device,
+        found, new = match_suite(students, at(size), normalizers, readable, run.device,
                                  where if sizes else data.describe('images'), only_summaries)
         skipped.update(readable.skipped)
         scores += new
@@ -123,8 +125,12 @@ def other_suites(
     seed:int,                    # of models with random weights
     workers:int,                 # processes that decode images
     stopped:Callable[[], bool],  # asked before every batch
+    skipped:dict[str, str],      # gets the images that cannot be read, with the reason
 )->Iterator[list[Score]]:
     "The scores of every suite but the match, model by model."
+    if 'places' in suites:
+        for model in models:
+            if not stopped(): yield place_suite(model, data, skipped, stopped)
     labelled = tuple(suite for suite in suites if suite in ('knn', 'linear'))
     if labelled:
         for model in models:
@@ -175,7 +181,8 @@ def evaluate(
         keep(scores)
     models = [student, *(teacher_eval_model(model, spec, name) for name, (spec, model) in others.items())]
     texts, recipe = run.out.parent/'texts', run.recipe
-    for scores in other_suites(suites, data, models, texts, recipe.seed, recipe.workers, stopped): keep(scores)
+    more = other_suites(suites, data, models, texts, recipe.seed, recipe.workers, stopped, found.skipped)
+    for scores in more: keep(scores)
     return found
 
 # %% ../../nbs/front/05_evaluate.ipynb #9acde78e

@@ -19,12 +19,12 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 
 from ..targets.bad_input import BadInput, reason, unknown
-from ..targets.features import Features
+from ..targets.features import Features, height_width
 from ..models.specs import check_spec
 from ..models.student import Student
 from ..models.teachers import load_teacher
 from ..data.images import Unreadable, decode, images_fingerprint, open_images
-from ..data.crops import centre_crop, fetch, height_width
+from ..data.crops import centre_crop, fetch
 from ..data.files import Progress, Stopped, atomic_write, lock
 from ..data.feature_files import WRITERS, FeatureIndex, check_some, join_parts, part_file, part_rows
 from ..data.feature_files import read_index, save_part

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..targets.features import Features
+from ..targets.features import Features, height_width
 from ..targets.bad_input import BadInput, reason, unknown
 from .randomness import own_seed
 from .specs import Spec, check_model_folder, check_weight_file, parse_spec
@@ -43,7 +43,7 @@ class Teacher(nn.Module):
         name:str,                                # what messages and reports call it
         model:nn.Module,                         # the network
         features:Callable[[Tensor], Features],   # from normalized images to features
-        size:int,                                # side of the images that it sees, in pixels
+        size:int|tuple[int, int],                # of the images that it sees, see `height_width`
         mean:tuple=(.485, .456, .406),           # of its normalized input, by channel
         std:tuple=(.229, .224, .225),
         summary_kind:str='average',              # what its summary is
@@ -64,10 +64,10 @@ class Teacher(nn.Module):
 
     def forward(self,
         images:Tensor,                      # (B, 3, H, W) in [0, 1]
-        size:tuple[int, int]|None=None,     # height and width at which it sees them; its own square by default
+        size:tuple[int, int]|None=None,     # height and width at which it sees them; its own size by default
     )->Features:
         "The teacher's features of a batch of images. Raises `BadInput` for whole numbers."
-        size = tuple(size or (self.size, self.size))
+        size = height_width(size or self.size)
         if not images.is_floating_point(): raise BadInput(f'images must lie in [0, 1]: divide {images.dtype} by 255')
         with torch.no_grad(), computing_in(self.precision, self.mean.device):
             images = images.float()
@@ -83,10 +83,10 @@ class Teacher(nn.Module):
         return teacher
 
     def widths(self,
-        size:tuple[int, int]|None=None,     # height and width of the images; its own square by default
+        size:tuple[int, int]|None=None,     # height and width of the images; its own size by default
     )->tuple[int, int]:
         "Channels of the summary and of the grid, found by passing one grey image through. Raises `BadInput`."
-        height, width = size or (self.size, self.size)
+        height, width = height_width(size or self.size)
         try: summary, spatial = self(torch.full((1, 3, height, width), .5, device=self.mean.device), (height, width))
         except BadInput: raise
         except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as e:

@@ -31,6 +31,7 @@ from torch.utils.flop_counter import (
     shape_wrapper,
 )
 
+from ..targets.features import height_width
 from ..targets.bad_input import BadInput
 from ..targets.normalizers import Normalizer
 from ..losses.methods import METHODS
@@ -39,6 +40,7 @@ from ..models.backbones import checkpoint_activations
 from ..models.specs import parse_spec
 from ..models.teachers import Teacher, load_teacher
 from ..data.crops import Batch, Pixels
+from ..agglomeration.resolutions import teachers_at
 from .recipe import Recipe, teacher_names, teacher_weights
 from .stages import BatchPartition
 from .teacher_cache import teacher_features
@@ -203,13 +205,14 @@ class PartCost(NamedTuple):
     teacher_peak: int             # bytes that a process holds beside weights and optimizer, while teachers compute
     student_peak: int             # while the student does, gradients included
     cached: dict[str, int]        # bytes of one crop's features in a cache, by teacher
+    seen: dict[str, tuple[int, int]]  # the size of each teacher's images; of several the largest
 
-def _pass(part, size, images, recipe, networks, meter):
+def _pass(part, teachers, size, images, recipe, networks, meter):
     "A microbatch: laps of each teacher and of the student, there and back; and bytes of each teacher's features."
     batch = Batch(torch.empty(images, 3, *size, dtype=torch.uint8), {}, torch.zeros(images, dtype=torch.int64))
     features, costs, pixels = {}, {}, Pixels(batch.images, batch.images.device)
     for name in part.weights:
-        features |= teacher_features({name: networks.teachers[name]}, batch, batch.images.device, pixels=pixels)
+        features |= teacher_features({name: teachers[name]}, batch, batch.images.device, pixels=pixels)
         costs[name] = meter.lap()
     cached = {name: 4 + sum(2*x[0].numel() for x in own) for name, own in features.items()}
     def loss():
@@ -229,6 +232,34 @@ def _sides(student, size):
     if not getattr(backbone, 'windows', ()): return [None]
     return backbone.fitting(*(side//backbone.patch for side in size)) or [0]
 
+def _count_at(part, recipe, networks, processes, again): # part: of one size
+    "What one part of a batch costs at a size."
+    whole = part.span[1] - part.span[0]
+    images, rest = divmod(whole, processes*recipe.accumulate)
+    if rest:
+        raise BadInput(f'{whole} images of a batch cannot be shared out among {processes} processes with '
+                       f'{recipe.accumulate} microbatches each: choose numbers that divide')
+    backbone, sides = networks.step.student.backbone, _sides(networks.step.student, part.size)
+    own = {name: networks.teachers[name] for name in part.weights}
+    with SHAPES_ONLY: own = teachers_at(part.size, own, recipe.flexible, recipe.stride)
+    seen = {name: height_width(teacher.size) for name, teacher in own.items()}
+    size = part.size if recipe.cache else crop_sides(part.size, list(seen.values()))
+    learned = [p for p in networks.step.parameters() if p.requires_grad]
+    passes, windows = [], getattr(backbone, 'windows', ())
+    backbone.windows = ()   # none are drawn
+    for backbone.window in sides:
+        with SHAPES_ONLY, Meter() as meter:
+            for p in learned: p.grad = torch.empty_like(p) if again else None
+            costs, cached = _pass(part, own, size, images, recipe, networks, meter)
+        passes.append(costs)
+    for p in learned: p.grad = None
+    backbone.windows, backbone.window = windows, None
+    def mean(phase): return scaled(sum((costs[phase][0] for costs in passes), Counter()), 1/images/len(passes))
+    def peak(*phases): return max(costs[phase][1] for costs in passes for phase in phases)
+    forward = mean('forward')
+    return PartCost(part, whole, {name: mean(name) for name in own}, forward, forward + mean('backward'),
+                    peak(*own), peak('forward', 'backward'), cached, seen)
+
 def count_part(
     part:BatchPartition,
     recipe:Recipe,
@@ -236,27 +267,12 @@ def count_part(
     processes:int=1,
     again:bool=False,   # whether a step has had other microbatches before
 )->PartCost:
-    "What one part of a batch costs. Raises `BadInput` where the processes cannot share it out."
-    whole = part.span[1] - part.span[0]
-    images, rest = divmod(whole, processes*recipe.accumulate)
-    if rest:
-        raise BadInput(f'{whole} images of a batch cannot be shared out among {processes} processes with '
-                       f'{recipe.accumulate} microbatches each: choose numbers that divide')
-    backbone, sides = networks.step.student.backbone, _sides(networks.step.student, part.size)
-    seen = [networks.teachers[name].size for name in part.weights]
-    size = part.size if recipe.cache else crop_sides(part.size, seen)
-    learned = [p for p in networks.step.parameters() if p.requires_grad]
-    passes, windows = [], getattr(backbone, 'windows', ())
-    backbone.windows = ()   # none are drawn
-    for backbone.window in sides:
-        with SHAPES_ONLY, Meter() as meter:
-            for p in learned: p.grad = torch.empty_like(p) if again else None
-            costs, cached = _pass(part, size, images, recipe, networks, meter)
-        passes.append(costs)
-    for p in learned: p.grad = None
-    backbone.windows, backbone.window = windows, None
-    def mean(phase): return scaled(sum((costs[phase][0] for costs in passes), Counter()), 1/images/len(passes))
-    def peak(*phases): return max(costs[phase][1] for costs in passes for phase in phases)
-    forward = mean('forward')
-    return PartCost(part, whole, {name: mean(name) for name in part.weights}, forward, forward + mean('backward'),
-                    peak(*part.weights), peak('forward', 'backward'), cached)
+    "What one part of a batch costs, of several sizes on average. Raises `BadInput` where the processes cannot share it out."
+    costs = [_count_at(part._replace(size=size, others=()), recipe, networks, processes, again)
+             for size in part.sizes()]
+    def mean(of): return scaled(sum((of(cost) for cost in costs), Counter()), 1/len(costs))
+    teachers = {name: mean(lambda cost, name=name: cost.teachers[name]) for name in part.weights}
+    cached = {name: sum(cost.cached[name] for cost in costs) for name in part.weights}
+    return PartCost(part, costs[0].images, teachers, mean(lambda cost: cost.forward), mean(lambda cost: cost.training),
+                    max(cost.teacher_peak for cost in costs), max(cost.student_peak for cost in costs), cached,
+                    costs[0].seen)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..targets.bad_input import BadInput, unknown
-from ..targets.features import Features
+from ..targets.features import Features, height_width
 from ..data.images import footers, hold_out, open_images, parquet_files, split_column
 from ..data.streams import crop_stream
 from .recipe import Recipe, check_names, teacher_names, teacher_precisions
@@ -49,7 +49,6 @@ class Plan(NamedTuple):
     recipe: Recipe
     processes: int
     parameters: dict[str, int]    # of each teacher by name, and of the student
-    sizes: dict[str, int]         # sides of the teachers' images in pixels
     stages: tuple[tuple[StagePlan, tuple[PartCost, ...]], ...]
     memory: Memory
     images: int                   # how many there are to learn from; 0 where it is not known
@@ -63,14 +62,15 @@ class Plan(NamedTuple):
     def crops(self)->dict[tuple, PartCost]:
         "By teacher and size of crop, a part that needs it: what a cache holds."
         costs = [cost for _, costs in self.stages for cost in costs]
-        return {(name, crop_sides(cost.part.size, [self.sizes[other] for other in cost.teachers])): cost
+        return {(name, crop_sides(cost.part.size, list(cost.seen.values()))): cost
                 for cost in costs for name in cost.teachers}
 
     def before(self)->Counter:
         "The arithmetic before the first step: of statistics, or of filling the cache."
         if self.recipe.cache:
             rows = self.recipe.views*self.images
-            return sum((scaled(cost.teachers[name], rows) for (name, _), cost in self.crops().items()), Counter())
+            return sum((scaled(cost.teachers[name], rows*len(cost.part.sizes()))
+                        for (name, _), cost in self.crops().items()), Counter())
         return sum((scaled(_teachers(costs), self.recipe.statistics_steps)
                     for stage, costs in self.stages if stage.measured), Counter())
 
@@ -131,8 +131,7 @@ def plan_recipe(
     parameters = {name: sum(p.numel() for p in teacher.parameters()) for name, teacher in teachers.items()}
     parameters['student'] = sum(p.numel() for p in networks.step.student.parameters())
     memory = count_memory(recipe, processes, networks, [cost for _, parts in counted for cost in parts])
-    sizes = {name: teacher.size for name, teacher in teachers.items()}
-    return Plan(recipe, processes, parameters, sizes, counted, memory, images or count_images(recipe))
+    return Plan(recipe, processes, parameters, counted, memory, images or count_images(recipe))
 
 # %% ../../nbs/training/10_plan.ipynb #a1000040
 class Device(NamedTuple):
@@ -237,15 +236,15 @@ def duration(seconds:float)->str:
 NETWORK_HEADER = ['network', 'parameters', 'pixels', 'forward', 'training', 'share']
 
 def _seen(plan):
-    "By network and size of its images: its costs for one image, there and with the way back, and how many it sees."
+    "By network and size of its images, of several the largest: its costs for one image, there and with the way back, and how many it sees."
     teachers, student, crops = {}, {}, Counter(name for name, _ in plan.crops())
     for stage, costs in plan.stages:
         steps = stage.last - stage.first
         batches = steps + (plan.recipe.statistics_steps if stage.measured else 0)
         for cost in costs:
             for name, flops in cost.teachers.items():
-                row = teachers.setdefault((name, (plan.sizes[name],)*2), [flops, None, 0])
-                rows = crops[name]*plan.recipe.views*plan.images
+                row = teachers.setdefault((name, cost.seen[name]), [flops, None, 0])
+                rows = crops[name]*plan.recipe.views*plan.images*len(cost.part.sizes())
                 row[2] = rows if plan.recipe.cache else row[2] + batches*cost.images
             student.setdefault(('student', cost.part.size), [cost.forward, cost.training, 0])[2] += steps*cost.images
     return teachers | student
@@ -292,7 +291,7 @@ def plan_notes(plan:Plan, devices:list[Device])->list[str]:
 class _Noise:
     "Features of the right shape for any row, in place of a cache."
     def __init__(self, teacher):
-        grey = torch.full((1, 3, teacher.size, teacher.size), .5, device=teacher.mean.device)
+        grey = torch.full((1, 3, *height_width(teacher.size)), .5, device=teacher.mean.device)
         self.features = Features(*(x.cpu() for x in teacher(grey)))
 
     def __call__(self, rows:Tensor)->Features:
@@ -314,8 +313,10 @@ def measured_trainer(
     asked = training_teachers(recipe, teachers)
     sources = open_sources(replace(recipe, cache=''), stage, images, asked, trainer.accelerator, device)
     if recipe.cache:
-        noise = {name: _Noise(teacher) for name, teacher in teachers.items()}
-        sources = [source._replace(cached=noise, crops=crop_stream(images, source.part.size, recipe.seed, recipe.views))
+        def at_hand(source):
+            noise = {name: _Noise(teacher) for name, teacher in source.teachers.items()}
+            return source._replace(cached=noise, others=tuple(map(at_hand, source.others)))
+        sources = [at_hand(source)._replace(crops=crop_stream(images, source.part.size, recipe.seed, recipe.views))
                    for source in sources]
     normalizers = {name: blank_normalizer(recipe.method, width) for name, (_, width) in widths.items()}
     trainer.start_stage(stage, sources, normalizers)

@@ -92,6 +92,7 @@ class Partition(Checked):
     share: Share                        # of the batch; the shares of a stage add up to 1
     size: Size = 0                      # side or (height, width) of the student's images in pixels; 0 for the stage's
     teachers: tuple[str, ...] = ()      # by the names that reports use; none for all of the stage
+    sizes: tuple[AtLeast1, ...] = ()    # in place of `size`: sides, one drawn for each step
 
 @dataclass(frozen=True)
 class Stage(Checked):
@@ -102,6 +103,7 @@ class Stage(Checked):
     partitions: tuple[Partition, ...] = ()  # none for one that is the whole batch
     restart_lr: bool = True             # whether the learning rate rises and falls again, with a new optimizer
     restart_statistics: bool = True     # whether the teachers are measured again
+    sizes: tuple[AtLeast1, ...] = ()    # in place of `size`: sides, one drawn for each step
 
 # %% ../../nbs/training/00_recipe.ipynb #603f1809
 Precision = Literal['float32', 'bfloat16']
@@ -123,6 +125,8 @@ class Learning(Task):
     stride: AtLeast0 = 0                # side of what a position of the student's grid stands for, in pixels; 0: 16
     init: str = ''                      # folder of a finished run whose student this one goes on from
     size: AtLeast1 = 224                # side of the student's images in pixels
+    sizes: tuple[AtLeast1, ...] = ()    # in place of `size`: sides, one drawn for each step (C-RADIOv4)
+    flexible: tuple[str, ...] = ()      # teachers, by name, that see the size at which their grid is the student's
     method: Literal[tuple(METHODS)] = 'phi-s'  # how targets are normalized and compared (the ten of the PHI-S study)
     summary_loss: Literal['cosine', 'angle'] = 'cosine'  # angle: over each teacher's spread of directions (C-RADIOv4)
     balance: Literal['fixed', 'ada', 'uncertainty'] = 'fixed'  # how the teachers' losses are balanced
@@ -201,9 +205,8 @@ RECIPES = Path(radio_nb.__file__).parent/'recipes'   # those that come with the 
 
 def recipe_file(name:str|Path)->Path:
     "A path as it is, or the file of a packaged recipe by its name. Raises `BadInput` for a name that none of them has."
-    path = Path(name)
-    if path.is_file() or path.suffix or len(path.parts) != 1: return path
-    packaged = {file.stem: file for file in sorted(RECIPES.glob('*.toml'))}
+    path, packaged = Path(name), {file.stem: file for file in sorted(RECIPES.glob('*.toml'))}
+    if path.is_file() or path.suffix == '.toml' or len(path.parts) != 1: return path
     if path.name in packaged: return packaged[path.name]
     raise BadInput(f'there is no file {path}, and no packaged recipe of that name; packaged: {", ".join(packaged)}')
 

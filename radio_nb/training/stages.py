@@ -15,7 +15,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from torch import Tensor
 
 from ..targets.bad_input import BadInput, unknown
-from ..data.crops import height_width
+from ..targets.features import height_width
 from .recipe import Partition, Recipe, Stage, check_rates, teacher_names, teacher_precisions
 from .recipe import teacher_weights
 
@@ -26,6 +26,11 @@ class BatchPartition(NamedTuple):
     size: tuple[int, int]      # of the student's images in pixels, height and width
     share: float               # of the batch
     weights: dict[str, float]  # by teacher, how much of its loss comes from here: its images here over all it sees
+    others: tuple[tuple[int, int], ...] = ()  # smaller sizes; one of all is drawn for each step
+
+    def sizes(self)->tuple[tuple[int, int], ...]:
+        "Those of the student's images, the largest first."
+        return self.size, *self.others
 
 class StagePlan(NamedTuple):
     "Some steps of a run in which the same is done."
@@ -51,6 +56,11 @@ def spans(
     return list(zip(ends, ends[1:]))
 
 # %% ../../nbs/training/02_stages.ipynb #296de176
+def _sizes(*levels): # the partition, its stage, the recipe
+    "The sizes that the first of them names, the largest first."
+    named = next(level for level in levels if level.sizes or level.size)
+    return sorted(set(map(height_width, named.sizes or (named.size,))), reverse=True)
+
 def _parts(stage, recipe, names):
     "The parts of a stage's batches."
     partitions = stage.partitions or (Partition(1.),)
@@ -60,9 +70,12 @@ def _parts(stage, recipe, names):
     cut = spans([partition.share for partition in partitions], recipe.batch_size)
     images = {name: sum(b - a for (a, b), group in zip(cut, groups) if name in group)
               for group in groups for name in group}
-    return tuple(BatchPartition((a, b), height_width(partition.size or stage.size or recipe.size),
-                                (b - a)/recipe.batch_size, {name: (b - a)/images[name] for name in group})
-                 for partition, (a, b), group in zip(partitions, cut, groups))
+    parts = []
+    for partition, (a, b), group in zip(partitions, cut, groups):
+        largest, *others = _sizes(partition, stage, recipe)
+        weights = {name: (b - a)/images[name] for name in group}
+        parts.append(BatchPartition((a, b), largest, (b - a)/recipe.batch_size, weights, tuple(others)))
+    return tuple(parts)
 
 # %% ../../nbs/training/02_stages.ipynb #40fbb587
 def plan_stages(
@@ -96,6 +109,7 @@ def check_recipe(recipe:Recipe)->tuple[StagePlan, ...]: # the stages, worked out
         raise BadInput('all summary_weights and spatial_weights are 0: there would be nothing to learn')
     check_rates(recipe)
     teacher_precisions(recipe, names, half=False)
+    for name in set(recipe.flexible) - set(names): raise unknown('teacher in flexible', name, names)
     plans = plan_stages(recipe, names)
     for part in (part for plan in plans for part in plan.parts):
         if not any(summary[name] or spatial[name] for name in part.weights):

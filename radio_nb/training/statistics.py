@@ -17,6 +17,7 @@ from math import ceil
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -24,7 +25,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 
-from ..targets.features import Features, grid_masks
+from ..targets.features import Features, grid_masks, height_width
 from ..targets.bad_input import BadInput
 from ..targets.moments import Moments
 from ..targets.normalizers import Normalizer
@@ -38,6 +39,7 @@ from ..data.streams import StreamedCrops, crop_stream
 from ..data.files import Progress, write_json
 from ..agglomeration.angles import angle_loss, dispersion
 from ..agglomeration.shifts import Places, Shift, Windows, shift_of
+from ..agglomeration.resolutions import grid_of, teachers_at
 from .recipe import Recipe, teacher_names, teacher_precisions, teacher_weights
 from .stages import StagePlan, BatchPartition
 from .distributed import shard_of
@@ -102,11 +104,11 @@ def merge_ranks(
 
 # %% ../../nbs/training/05_statistics.ipynb #11f0f1a3
 def crop_sides(
-    size:tuple[int, int], # of the student's images, height and width
-    wanted:list[int],     # sides of the teachers' squares
+    size:tuple[int, int],               # of the student's images, height and width
+    wanted:list[int|tuple[int, int]],   # sizes of the teachers' images, see `height_width`
 )->tuple[int, int]:
     "Height and width of crops that are large enough for everyone, of the student's shape."
-    larger = max([1, *(side/min(size) for side in wanted)])
+    larger = max([1, *(side/own for sides in wanted for side, own in zip(height_width(sides), size))])
     return round(size[0]*larger), round(size[1]*larger)
 
 # %% ../../nbs/training/05_statistics.ipynb #d2875cd5
@@ -118,6 +120,15 @@ class Source(NamedTuple):
     cached: dict[str, CachedTeacher] = {}              # those whose features are on disk
     teacher_device: torch.device|None = None           # where the teachers are, if not with the student
     shift: Shift|None = None                           # how far apart student and teachers look; None: all see the same
+    others: tuple['Source', ...] = ()                  # the same crops at other sizes of which a step may draw one
+
+    def drawn(self, seed:int)->'Source':
+        "As a step sees it; always the same for a seed."
+        return (self, *self.others)[int(np.random.default_rng([seed, 4]).integers(1 + len(self.others)))]
+
+    def in_turn(self, i:int)->'Source':
+        "At its sizes one after the other."
+        return (self, *self.others)[i % (1 + len(self.others))]
 
     def batches(self, recipe:Recipe, accelerator:Accelerator, first:int, last:int)->Iterator[Batch]:
         "What this process sees of the part, from step `first` to before `last`."
@@ -160,8 +171,7 @@ def source_shift(recipe:Recipe, part:BatchPartition, teachers:dict[str, Teacher]
     grids = {'the student': tuple(side//(recipe.stride or 16) for side in part.size)}
     with torch.compiler.set_stance('force_eager'):   # not compiled for one grey image
         for name, teacher in teachers.items():
-            grey = torch.full((1, 3, teacher.size, teacher.size), .5, device=teacher.mean.device)
-            grids[f'teacher {name}'] = tuple(teacher(grey).spatial.shape[1:3])
+            grids[f'teacher {name}'] = grid_of(teacher)
     return shift_of(recipe.shift, grids)
 
 # %% ../../nbs/training/05_statistics.ipynb #1e59a866
@@ -177,17 +187,23 @@ def open_sources(
     "The sources of a stage. Raises `BadInput` for what cannot be cached."
     if recipe.cache: _check_cacheable(recipe, images, crop)
     def crops_of(size): return crop_stream(images, size, recipe.seed, recipe.views, recipe.draft, crop)
-    sources = []
+    home, sources = torch.device(recipe.teacher_device or device), []
     for part in plan.parts:
-        here = {name: teachers[name] for name in part.weights}
-        size = crop_sides(part.size, [teacher.size for teacher in here.values()])
-        shift = source_shift(recipe, part, here)
-        crops, cached = crops_of(shift.crop_size(size) if shift else size), {}
+        first, *others = (_source_at(size, recipe, part, teachers, home) for size in part.sizes())
+        size = crop_sides(part.size, [teacher.size for teacher in first.teachers.values()])
+        crops = crops_of(first.shift.crop_size(size) if first.shift else size)
         if recipe.cache:
-            cached = fill_cache(here, crops, recipe.cache, recipe.batch_size, accelerator, recipe.workers)
+            settings = crops, recipe.cache, recipe.batch_size, accelerator, recipe.workers
+            first, *others = (s._replace(cached=fill_cache(s.teachers, *settings)) for s in (first, *others))
             crops = crops_of(part.size)
-        sources.append(Source(part, crops, here, cached, torch.device(recipe.teacher_device or device), shift))
+        sources.append(first._replace(crops=crops, others=tuple(others)))
     return sources
+
+def _source_at(size, recipe, part, teachers, home):
+    "A source without crops, at one of the sizes of its part."
+    here = teachers_at(size, {name: teachers[name] for name in part.weights}, recipe.flexible, recipe.stride)
+    part = part._replace(size=size, others=())
+    return Source(part, None, here, {}, home, source_shift(recipe, part, here))
 
 def _check_cacheable(recipe, images, crop):
     if isinstance(images, IterableDataset):
@@ -228,7 +244,7 @@ def take_statistics(recipe:Recipe, plan:StagePlan, sources:list[Source], out:Pat
     def features():
         for i, batches in enumerate(zip(*streams), 1):
             for source, batch in zip(sources, batches):
-                found = source.teacher_features(batch, device)
+                found = source.in_turn(i - 1).teacher_features(batch, device)
                 masks = grid_masks(batch.masks, found)
                 yield {name: (*own, masks.get(name)) for name, own in found.items()}
             progress(i)

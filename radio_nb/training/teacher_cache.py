@@ -24,11 +24,11 @@ from accelerate.utils import broadcast_object_list
 from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 
-from ..targets.features import Features
+from ..targets.features import Features, height_width
 from ..targets.bad_input import BadInput, reason
 from ..models.tensor_files import fingerprint
 from ..models.teachers import Teacher
-from ..data.crops import Batch, Crops, Pixels, height_width, image_batches, to_device
+from ..data.crops import Batch, Crops, Pixels, image_batches, to_device
 from ..data.files import Progress, lock
 from ..data.images import images_fingerprint
 
@@ -41,17 +41,19 @@ def cache_key(teacher:Teacher, crops:Crops, images:str)->dict: # images: from `i
     "Everything on which a teacher's features depend, as far as it has a name."
     pixels = hashlib.sha256(crops.by_row()[0].image.contiguous().numpy()).hexdigest()[:16]   # of the first crop
     half = {'precision': 'bfloat16'} if teacher.precision is torch.bfloat16 else {}
-    return {'teacher': teacher.source, 'weights': weights_fingerprint(teacher), 'size': teacher.size, **half,
+    size = list(teacher.size) if isinstance(teacher.size, tuple) else teacher.size   # as JSON has it
+    return {'teacher': teacher.source, 'weights': weights_fingerprint(teacher), 'size': size, **half,
             'images': images, 'crop': [crops.crop.__name__, *height_width(crops.size)], 'pixels': pixels,
             'seed': crops.seed, 'views': crops.views, 'rows': crops.rows, 'draft': crops.draft}
 
 # %% ../../nbs/training/04_teacher_cache.ipynb #c493d74a
 def probe_image(
-    side:int,   # that the teacher sees, in pixels
-)->Tensor:      # (1, 3, height, width) in [0, 1], neither of that side nor square
+    size:int|tuple[int, int], # that the teacher sees, in pixels
+)->Tensor:                    # (1, 3, height, width) in [0, 1], neither of that size nor square
     "An image of random squares, always the same."
     squares = torch.rand(1, 3, 16, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
-    return nn.functional.interpolate(squares, (side + 4, side + 9))
+    height, width = height_width(size)
+    return nn.functional.interpolate(squares, (height + 4, width + 9))
 
 def unlike(
     features:Features,

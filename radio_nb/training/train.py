@@ -39,6 +39,7 @@ from ..models.tensor_files import fingerprint, load_tensors
 from ..data.images import hold_out, images_fingerprint, open_images
 from ..data.crops import Batch, batches_ahead, dead_workers_named, first_readable, random_crop
 from ..data.files import Progress, Stopped, atomic_write, read_json, stop_flag, write_json
+from ..agglomeration.resolutions import teachers_at
 from .recipe import Recipe, check_names, difference, recipe_toml, teacher_names, teacher_weights
 from .run_folder import CheckpointWriter, begun, check_folder, check_inputs, folder_lock
 from .run_folder import forget_statistics, load_checkpoint, metrics_file, recipe_of
@@ -95,6 +96,7 @@ def prepare(
     home = best_device(recipe.teacher_device) if recipe.teacher_device else device
     teachers = {name: (inputs.teachers.get(name) or load_teacher(spec, name=name, seed=recipe.seed)).to(home)
                 for name, spec in teacher_names(recipe.teachers).items()}
+    teachers = teachers_at(last.size, teachers, recipe.flexible, recipe.stride)
     return Prepared(teachers, train, held, last.size, device, inputs.crop)
 
 # %% ../../nbs/training/08_train.ipynb #6341f9ac
@@ -200,9 +202,10 @@ def check_sizes(recipe:Recipe, plan:tuple[StagePlan, ...], student:Student, proc
     "Raise `BadInput` for images that the student cannot see, and for batches that cannot be divided."
     patch = student.backbone.patch
     for part in (part for stage in plan for part in stage.parts):
-        if any(side % patch for side in part.size):
-            raise BadInput(f'a student with patches of {patch} cannot see {part.size[0]} × {part.size[1]} pixels: '
-                           f'make both sides a multiple of {patch}')
+        for height, width in part.sizes():
+            if height % patch or width % patch:
+                raise BadInput(f'a student with patches of {patch} cannot see {height} × {width} pixels: '
+                               f'make both sides a multiple of {patch}')
         images = (part.span[1] - part.span[0])//processes
         if images % recipe.accumulate:
             raise BadInput(f'accumulate: {images} images of a process cannot be divided '

@@ -124,7 +124,7 @@ def microbatches(sources:list[Source], batches:tuple[Batch, ...], accumulate:int
             own = batch._replace(images=batch.images[rows], rows=batch.rows[rows], masks=masks)
             which = shard(accelerator.process_index, accelerator.num_processes, k, accumulate)
             last = (i, k) == (len(sources) - 1, accumulate - 1)
-            found.append(Microbatch(source, own, which, seed + (i << 40), last))
+            found.append(Microbatch(source.drawn(seed + (i << 40)), own, which, seed + (i << 40), last))
     return found
 
 # %% ../../nbs/training/07_trainer.ipynb #6a0c08bc
@@ -336,7 +336,8 @@ class Trainer:
 # %% ../../nbs/training/07_trainer.ipynb #967f0508
 def teacher_gradient_norms(trainer:Trainer, batches:tuple[Batch, ...])->dict[str, float]:
     "The norm of each teacher's gradient on the backbone, averaged over the processes."
-    norms, micros = {}, microbatches(trainer.sources, batches, trainer.recipe.accumulate, 0, trainer.accelerator)
+    recipe, accelerator = trainer.recipe, trainer.accelerator
+    norms, micros = {}, microbatches(trainer.sources, batches, recipe.accumulate, trainer.step, accelerator)
     first_averages(trainer, micros)
     for micro in micros:
         part = micro.source.part
@@ -347,4 +348,4 @@ def teacher_gradient_norms(trainer:Trainer, batches:tuple[Batch, ...])->dict[str
         new = {name: target for name, target in targets.items() if name not in norms}
         masks = grid_masks(micro.batch.masks, new)
         norms |= gradient_norms(trainer.student, trainer.loss, pixels.at(part.size), new, masks)
-    return dict(zip(norms, trainer.accelerator.reduce(torch.stack(list(norms.values())), 'mean').tolist()))
+    return dict(zip(norms, accelerator.reduce(torch.stack(list(norms.values())), 'mean').tolist()))

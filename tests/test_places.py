@@ -1,0 +1,61 @@
+"Warps, and what is found again after them."
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from radio_nb.agglomeration.shifts import fixed_pattern
+from radio_nb.evaluation.places import (
+    PLACES,
+    FixedPattern,
+    PlaceMeter,
+    found,
+    random_warps,
+    share_found,
+    sought,
+    warped,
+)
+
+
+def ramp(height, width):
+    "An image whose first two colours say where in it one is, from -1 to 1."
+    y, x = ((torch.arange(n) + .5)*2/n - 1 for n in (height, width))
+    return torch.stack([x.expand(height, -1), y[:, None].expand(-1, width), torch.zeros(height, width)])[None]
+
+
+@given(st.integers(60, 200), st.integers(60, 200), st.integers(0, 10**6))
+@settings(deadline=None, max_examples=40)
+def test_a_warped_image_shows_what_was_at_the_places_that_are_sought(height, width, seed):
+    warps = random_warps(3, (height, width), seed)
+    size = PLACES*5, PLACES*7
+    views = warped(ramp(height, width).expand(3, -1, -1, -1), warps, size)[:, :2, 2::5, 3::7]   # at the lattice
+    inside = sought(warps).abs().amax(-1) < 1 - 2/min(height, width)   # not beyond the middle of the outermost pixel
+    assert inside.float().mean() > .8
+    assert_close(views.flatten(2).mT[inside], sought(warps)[inside], rtol=0, atol=1e-4)
+    # in pixels, a turn and a scale
+    turns = warps[..., :2]*torch.tensor([[width], [height]])/torch.tensor([width, height])
+    scale = turns.det().sqrt()[:, None, None]
+    assert_close((turns/scale) @ (turns/scale).mT, torch.eye(2).expand(3, -1, -1), rtol=0, atol=1e-5)
+
+
+def test_a_model_that_sees_colours_finds_the_places_of_a_ramp_again():
+    meter = PlaceMeter((96, 144))
+    images = ramp(*meter.larger).expand(8, -1, -1, -1)
+    def lifted(x): return torch.cat([x.movedim(1, -1), torch.ones(*x[:, 0].shape, 1)], -1)   # a cosine tells no lengths
+    assert meter.update(lifted, images).result()['found again'] > .9
+    flat = PlaceMeter((96, 144)).update(lambda x: torch.ones(len(x), 6, 9, 4), images)
+    assert flat.result()['found again'] < .1
+
+
+def test_a_pattern_in_batches_is_that_of_all():
+    torch.manual_seed(0)
+    grids, meter = 5 + torch.randn(50, 3, 4, 6) + 2*torch.randn(3, 4, 6), FixedPattern()
+    for part in grids.split(8): meter.update(part)
+    assert_close(meter.result(), fixed_pattern(grids).mean().item())
+
+
+def test_far_is_not_found():
+    places = torch.zeros(1, 2, 2)
+    assert share_found(places, torch.tensor([[[.19, 0.], [.21, 0.]]])) == .5
+    grid = torch.eye(9).reshape(1, 3, 3, 9)
+    assert share_found(found(grid, grid), sought(torch.eye(2, 3)[None])) > .6   # an image that was not turned
