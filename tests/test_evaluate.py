@@ -107,7 +107,8 @@ def found(out): return {(score.model, score.measure): score for score in load_sc
 def test_all_suites_beside_teachers_and_others(mine, labelled, masks, capsys):
     evaluate(mine, '--suite', 'match', 'places', 'knn', 'linear', 'segmentation', '--images', 'zoo:photos',
              '--limit', 12, '--k', 5, '--train', labelled/'train', '--test', labelled/'test',
-             '--masks', masks/'train.parquet', '--test-masks', masks/'test.parquet', '--teachers-too', '--also', 'timm:test_vit@random#64')
+             '--masks', masks/'train.parquet', '--test-masks', masks/'test.parquet',
+             '--teachers-too', '--also', 'timm:test_vit@random#64')
     scores, printed = found(mine), capsys.readouterr().out
     for model in ('student', 'u2netp', 'test_vit@random'):
         for measure in ('found again', 'knn', 'linear', 'segmentation mIoU'):

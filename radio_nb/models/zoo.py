@@ -121,15 +121,19 @@ class U2NetP(nn.Module):
         for stage in self.encoder[1:]: maps.append(stage(_halve(maps[-1])))
         return maps
 
-    def forward(self, x):
-        "The saliency of every pixel, (B, 1, H, W) in [0, 1]."
-        *skips, h = self.encode(x)
+    def decode(self, maps):
+        "The saliency of every pixel, (B, 1, H, W) in [0, 1], from what `encode` gives."
+        *skips, h = maps
         maps = [h]
         for stage, skip in zip(reversed(self.decoder), reversed(skips)):
             h = stage(torch.cat([_resize_like(h, skip), skip], 1))
             maps.insert(0, h)
         sides = [side(h) for side, h in zip(self.side, maps)]
         return self.fuse(torch.cat([_resize_like(s, sides[0]) for s in sides], 1)).sigmoid()
+
+    def forward(self, x):
+        "The saliency of every pixel of an image."
+        return self.decode(self.encode(x))
 
     def features(self, x):
         "The features that a student learns from: the deepest map and its average."
