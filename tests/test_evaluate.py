@@ -105,10 +105,10 @@ def found(out): return {(score.model, score.measure): score for score in load_sc
 
 
 def test_all_suites_beside_teachers_and_others(mine, labelled, masks, capsys):
-    evaluate(mine, '--suite', 'match', 'places', 'knn', 'linear', 'segmentation', '--images', 'zoo:photos',
-             '--limit', 12, '--k', 5, '--train', labelled/'train', '--test', labelled/'test',
-             '--masks', masks/'train.parquet', '--test-masks', masks/'test.parquet',
-             '--teachers-too', '--also', 'timm:test_vit@random#64')
+    evaluate(mine, '--suite', 'match', 'places', 'decoder', 'knn', 'linear', 'segmentation',
+             '--images', 'zoo:photos', '--limit', 12, '--k', 5, '--train', labelled/'train', '--test', labelled/'test',
+             '--masks', masks/'train.parquet', '--test-masks', masks/'test.parquet', '--teachers-too',
+             '--also', 'timm:test_vit@random#64')
     scores, printed = found(mine), capsys.readouterr().out
     for model in ('student', 'u2netp', 'test_vit@random'):
         for measure in ('found again', 'knn', 'linear', 'segmentation mIoU'):
@@ -117,7 +117,8 @@ def test_all_suites_beside_teachers_and_others(mine, labelled, masks, capsys):
     assert {measure for who, measure in scores if who == 'student'} == {
         'explained, u2netp', 'mse, u2netp', 'cosine, u2netp', 'summary cosine, u2netp', 'error range, u2netp',
         'error range, normalized, u2netp', 'cka, u2netp', 'rankme, u2netp', 'found again', 'fixed pattern',
-        'knn', 'linear', 'segmentation mIoU'}
+        'same answer, u2netp', 'knn', 'linear', 'segmentation mIoU'}
+    assert 0 < scores['constant', 'same answer, u2netp'].value < 1
     assert ('test_vit@random', 'cka, u2netp') in scores and ('u2netp', 'cka, u2netp') not in scores
     assert ('u2netp', 'rankme, u2netp') in scores
     assert scores['student', 'knn'].total == 24 and scores['student', 'knn'].dataset.endswith('12 each, k = 5')
@@ -201,7 +202,7 @@ def test_images_that_cannot_be_read_do_not_count(tmp_path, refused, mine):
     assert 'none of 1 images can be read; the first: ' in refused('evaluate', mine, '--images', tmp_path/'all')
 
 
-@pytest.mark.parametrize('suite', ['match', 'places', 'knn', 'linear', 'segmentation'])
+@pytest.mark.parametrize('suite', ['match', 'places', 'decoder', 'knn', 'linear', 'segmentation'])
 def test_features_that_are_not_finite_have_no_value(mine, refused, labelled, masks, suite):
     "A probe of NaN and infinity would give some number, and exit 0."
     weights = load_file(mine/'student.safetensors')

@@ -171,7 +171,7 @@ def untrained_step(recipe:Recipe, widths:dict[str, tuple[int, int]])->DistillSte
     loss = MultiTeacherLoss(recipe.method, *teacher_weights(recipe, list(widths)), recipe.balance, recipe.grid)
     with torch.device('cpu'): cifd = _blank_cifd(recipe, widths) if recipe.information else None
     if recipe.checkpoint_activations: checkpoint_activations(student.backbone)
-    return DistillStep(student, loss, cifd, recipe.precision == 'bfloat16')
+    return DistillStep(student, loss, cifd, recipe.precision == 'bfloat16', recipe.mesa)
 
 # %% ../../nbs/training/09_counting.ipynb #a1000057
 class Networks(NamedTuple):
@@ -217,7 +217,10 @@ def _pass(part, teachers, size, images, recipe, networks, meter):
     cached = {name: 4 + sum(2*x[0].numel() for x in own) for name, own in features.items()}
     def loss():
         targets = normalize_targets(features, networks.normalizers, 0)
-        return networks.step(pixels.at(part.size), targets, part, dict.fromkeys(targets, 1.))[0]
+        images, average = pixels.at(part.size), None
+        if recipe.mesa:   # the student's average is another backbone of its kind
+            with torch.no_grad(): average = networks.step.student.backbone(images).spatial
+        return networks.step(images, targets, part, dict.fromkeys(targets, 1.), average=average)[0]
     total = loss()/recipe.accumulate
     features.clear()
     costs['forward'] = meter.lap()

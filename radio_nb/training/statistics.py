@@ -40,6 +40,7 @@ from ..data.files import Progress, write_json
 from ..agglomeration.angles import angle_loss, dispersion
 from ..agglomeration.shifts import Places, Shift, Windows, shift_of
 from ..agglomeration.resolutions import grid_of, teachers_at
+from ..agglomeration.mesa import AVERAGE
 from .recipe import Recipe, teacher_names, teacher_precisions, teacher_weights
 from .stages import StagePlan, BatchPartition
 from .distributed import shard_of
@@ -136,8 +137,8 @@ class Source(NamedTuple):
                              **shard_of(accelerator))
 
     def places(self, seed:int)->Places:
-        "Where the student ('') and the teachers look; empty where all see the same."
-        return self.shift.draw(['', *self.teachers], seed) if self.shift else {}
+        "Where the student (''), the teachers and the student's average look; empty where all see the same."
+        return self.shift.draw(['', *self.teachers, AVERAGE], seed) if self.shift else {}
 
     def pixels(self, batch:Batch, device:torch.device, places:Places|None=None)->Pixels: # places: see `Windows`
         "The images of a batch as student and teachers see them. Raises `BadInput` for masks where windows move."

@@ -121,7 +121,7 @@ def new_distill_step(recipe:Recipe, student:Student, out:Path)->DistillStep:
     loss = MultiTeacherLoss(recipe.method, *teacher_weights(recipe, names), recipe.balance, recipe.grid)
     cifd = load_cifd_loss(recipe, names, out)
     if recipe.checkpoint_activations: checkpoint_activations(student.backbone)
-    return DistillStep(student, loss, cifd, recipe.precision == 'bfloat16')
+    return DistillStep(student, loss, cifd, recipe.precision == 'bfloat16', recipe.mesa)
 
 # %% ../../nbs/training/08_train.ipynb #2be0f709
 def identity(width:int)->Normalizer:

@@ -24,8 +24,9 @@ from ..losses.balancing import BETAS
 from ..losses.multi_teacher import MultiTeacherLoss
 from ..models.randomness import rng_shard
 from ..models.student import Student
-from ..data.crops import Batch
+from ..data.crops import Batch, Pixels
 from ..agglomeration.damp import noisy_weights
+from ..agglomeration.mesa import AVERAGE, mesa_loss
 from ..agglomeration.shifts import moved, shared_positions
 from .recipe import Recipe
 from .stages import BatchPartition, StagePlan, learning_rate, teacher_dropout
@@ -65,9 +66,11 @@ class DistillStep(nn.Module):
         loss:MultiTeacherLoss,
         cifd:nn.Module|None=None, # what rate–distortion modules and a bottleneck add, a `CIFDLoss`
         bfloat16:bool=False,      # whether matrix products are in bfloat16
+        mesa:float=0.,            # weight of agreeing with the average of the student's weights
     ):
         super().__init__()
         self.student, self.loss, self.cifd, self.bfloat16 = student, loss, cifd, bfloat16
+        self.mesa, self.apart = mesa, None   # and how far apart the two were in the last call, a scalar
 
     def no_weight_decay(self)->set[str]:
         "The student's own choice, by the names they have here."
@@ -84,18 +87,32 @@ class DistillStep(nn.Module):
         scale:dict[str, float|Tensor],     # by teacher, a factor for its losses
         masks:dict[str, Tensor]|None=None, # by teacher, which positions of its grid count; all without it
         moves:dict[str, Tensor]|None=None, # by teacher, how far its window lies from the student's, see `moved`
+        average:Tensor|None=None,          # the grid of the student's average, with a mask and a move under `AVERAGE`
     )->tuple[Tensor, dict[str, dict[str, Tensor]]]: # the loss; and for a log, by teacher and kind
         "The loss of one microbatch."
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16):
-            outputs = self.student(images)
-            for name, by in (moves or {}).items():
-                outputs[name] = outputs[name]._replace(spatial=moved(outputs[name].spatial, by))
-            if self.cifd is None: return self.loss(outputs, targets, masks, scale)
+            outputs, agree = self._outputs(images, part, masks or {}, moves or {}, average)
+            if self.cifd is None:
+                loss, losses = self.loss(outputs, targets, masks, scale)
+                return loss + agree, losses
             kept = self.cifd.kept()
             teacher_scale = {name: scale[name]*kept[name]['teacher'] for name in targets}
             loss, losses = self.loss(outputs, targets, masks, teacher_scale)
             more, cifd_losses = self.cifd(outputs, targets, self.bits(), kept, scale, part.share, masks)
-        return loss + more, {name: losses[name] | cifd_losses[name] for name in losses}
+        return loss + agree + more, {name: losses[name] | cifd_losses[name] for name in losses}
+
+    def _outputs(self, images, part, masks, moves, average):
+        "The student's outputs where its teachers look, and the loss that its average adds."
+        if average is None: outputs, agree = self.student(images), 0.
+        else:
+            features = self.student.own_features(images)
+            outputs = self.student.adapted(features, list(self.student.config['teachers']))
+            own = moved(features.spatial, moves[AVERAGE]) if AVERAGE in moves else features.spatial
+            apart = mesa_loss(own, average, masks.get(AVERAGE))
+            self.apart, agree = apart.detach(), self.mesa*part.share*apart
+        for name, by in moves.items():
+            if name in outputs: outputs[name] = outputs[name]._replace(spatial=moved(outputs[name].spatial, by))
+        return outputs, agree
 
 # %% ../../nbs/training/07_trainer.ipynb #2b4ff915
 class Microbatch(NamedTuple):
@@ -132,14 +149,15 @@ def log_terms(
     part:BatchPartition,
     loss:Tensor,                             # from `DistillStep`
     losses:dict[str, dict[str, Tensor]],     # from `DistillStep`
-    bits:Tensor|None,                        # of the vectors in the student's bottleneck, where it has one
+    more:dict[str, Tensor|None],             # by name, what else there may be to say of these images
     accumulate:int,                          # how many microbatches the partition has
 )->list[tuple[tuple[str, ...], Tensor]]:     # names and scalars
     "What a microbatch adds to the step's line in the log."
     terms = [(('loss',), loss/accumulate)]
     for name, kinds in losses.items():
         terms += [(('teachers', name, kind), part.weights[name]/accumulate*value) for kind, value in kinds.items()]
-    if bits is not None: terms.append((('bits',), part.share/accumulate*bits.mean()))
+    for what, value in more.items():
+        if value is not None: terms.append(((what,), part.share/accumulate*value.mean()))
     return terms
 
 def reduce_terms(
@@ -257,10 +275,13 @@ def microbatch_loss(
     with trainer.timer('student'), rng_shard(**micro.shard):
         draw_window(trainer.student, part.size)
         scale = {name: weight*active[name] for name, weight in part.weights.items()}
-        masks, moves = grid_masks(micro.batch.masks, targets), {}
-        if places: masks, moves = shared_positions(micro.source.shift, places, targets)
-        loss, losses = trainer.state.model(pixels.at(part.size), targets, part, scale, masks, moves)
-    return loss, log_terms(part, loss, losses, trainer.distill_step.bits(), trainer.recipe.accumulate)
+        average = trainer.average_grid(pixels, part.size)
+        seen = targets if average is None else targets | {AVERAGE: Features(average[:, 0, 0], average)}
+        masks, moves = grid_masks(micro.batch.masks, seen), {}
+        if places: masks, moves = shared_positions(micro.source.shift, places, seen)
+        loss, losses = trainer.state.model(pixels.at(part.size), targets, part, scale, masks, moves, average)
+    step = trainer.distill_step
+    return loss, log_terms(part, loss, losses, {'bits': step.bits(), 'mesa': step.apart}, trainer.recipe.accumulate)
 
 @torch.no_grad()
 def first_averages(trainer, micros:list[Microbatch]): # micros: all of a step that is to come
@@ -295,6 +316,12 @@ class Trainer:
         self.normalizers = {name: normalizer.to(self.device) for name, normalizer in normalizers.items()}
         if self.recipe.compile:
             for normalizer in self.normalizers.values(): normalizer.compile(backend=self.recipe.compile, dynamic=False)
+
+    def average_grid(self, pixels:Pixels, size:tuple[int, int])->Tensor|None: # None where the student does not listen to it
+        "What the backbone of the student's average makes of images."
+        if not self.recipe.mesa or self.step < self.recipe.heads_only: return None
+        precision = torch.autocast(self.device.type, torch.bfloat16, enabled=self.distill_step.bfloat16)
+        with torch.no_grad(), precision: return self.state.ema.module.backbone(pixels.at(size, AVERAGE)).spatial
 
     def __call__(self, *batches:Batch)->StepLog: # one from each source, this process's images
         "Learn from one batch; gives its line for the log, and waits for nothing."
