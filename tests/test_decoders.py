@@ -3,11 +3,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from radio_nb.agglomeration.resolutions import teachers_at
 from radio_nb.data.crops import centre_crop
 from radio_nb.data.images import decode, open_images
 from radio_nb.evaluation.decoders import agreement, decoder_of, decoder_reads
 from radio_nb.models.teachers import load_teacher
 from radio_nb.models.zoo import ZOO
+from radio_nb.targets.bad_input import BadInput
 from radio_nb.targets.features import Features
 
 
@@ -40,6 +42,12 @@ def test_a_mask_is_that_of_the_whole_network_and_takes_in_the_deepest_map(images
     assert not torch.equal(decoder(images, own._replace(spatial=own.spatial + 9)), whole)
     finer = torch.nn.functional.interpolate(own.spatial.movedim(-1, 1), scale_factor=2, mode='nearest').movedim(1, -1)
     assert decoder(images, own._replace(spatial=finer)).shape == whole.shape   # a grid of another size is resampled
+
+
+def test_a_teacher_may_see_other_sizes_or_have_no_decoder(images):
+    wide, = teachers_at((64, 96), {'': load_teacher('zoo:u2netp#64')}, ('',), 32).values()
+    assert decoder_of(wide)(images).shape == (3, 64, 96)
+    with pytest.raises(BadInput, match='has no decoder'): decoder_of(load_teacher('timm:resnet18@random#64'))
 
 
 def test_agreement():

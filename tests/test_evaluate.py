@@ -105,7 +105,7 @@ def found(out): return {(score.model, score.measure): score for score in load_sc
 
 
 def test_all_suites_beside_teachers_and_others(mine, labelled, masks, capsys):
-    evaluate(mine, '--suite', 'match', 'places', 'decoder', 'knn', 'linear', 'segmentation',
+    evaluate(mine, '--suite', 'match', 'places', 'decoders', 'knn', 'linear', 'segmentation',
              '--images', 'zoo:photos', '--limit', 12, '--k', 5, '--train', labelled/'train', '--test', labelled/'test',
              '--masks', masks/'train.parquet', '--test-masks', masks/'test.parquet', '--teachers-too',
              '--also', 'timm:test_vit@random#64')
@@ -202,7 +202,7 @@ def test_images_that_cannot_be_read_do_not_count(tmp_path, refused, mine):
     assert 'none of 1 images can be read; the first: ' in refused('evaluate', mine, '--images', tmp_path/'all')
 
 
-@pytest.mark.parametrize('suite', ['match', 'places', 'decoder', 'knn', 'linear', 'segmentation'])
+@pytest.mark.parametrize('suite', ['match', 'places', 'decoders', 'knn', 'linear', 'segmentation'])
 def test_features_that_are_not_finite_have_no_value(mine, refused, labelled, masks, suite):
     "A probe of NaN and infinity would give some number, and exit 0."
     weights = load_file(mine/'student.safetensors')

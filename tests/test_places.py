@@ -56,6 +56,15 @@ def test_a_pattern_in_batches_is_that_of_all():
 
 def test_far_is_not_found():
     places = torch.zeros(1, 2, 2)
-    assert share_found(places, torch.tensor([[[.19, 0.], [.21, 0.]]])) == .5
+    assert share_found(places, torch.tensor([[[.19, 0.], [.21, 0.]]])).tolist() == [.5]
     grid = torch.eye(9).reshape(1, 3, 3, 9)
-    assert share_found(found(grid, grid), sought(torch.eye(2, 3)[None])) > .6   # an image that was not turned
+    assert share_found(found(grid, grid), sought(torch.eye(2, 3)[None])).item() > .6   # an image that was not turned
+
+
+def test_an_image_has_the_same_warp_in_whatever_batch():
+    assert_close(random_warps(5, (64, 96), 3), torch.cat([random_warps(2, (64, 96), 3), random_warps(3, (64, 96), 5)]))
+    torch.manual_seed(0)
+    images, parts, whole = torch.rand(7, 3, 64, 96), PlaceMeter((32, 48)), PlaceMeter((32, 48))
+    def grid_of(x): return torch.nn.functional.avg_pool2d(x, 4).movedim(1, -1)
+    for part in images.split(3): parts.update(grid_of, part)
+    assert_close(parts.result(), whole.update(grid_of, images).result())

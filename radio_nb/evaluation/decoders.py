@@ -9,44 +9,41 @@ __all__ = ['decoder_reads', 'decoder_of', 'agreement']
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..targets.bad_input import BadInput
+from ..targets.features import resample
 from ..models.teachers import Teacher
 from ..models.zoo import U2NetP
+from ..data.crops import resize
 
 # %% ../../nbs/evaluation/07_decoders.ipynb #dec0de08
 def decoder_reads(
     teacher:Teacher,
 )->str: # 'summary', 'spatial', or '' where it has no decoder
-    "Which of its features a teacher's decoder takes."
+    "Which of its features a teacher's decoder takes; passes one grey image through the teacher."
     if isinstance(teacher.model, U2NetP): return 'spatial'
     classifier = getattr(teacher.model, 'get_classifier', lambda: None)()
     fits = isinstance(classifier, nn.Linear) and classifier.in_features == teacher.widths()[0]
     return 'summary' if fits else ''
 
-def decoder_of(
-    teacher:Teacher, # one that has a decoder
-)->Callable[..., Tensor]:
+def decoder_of(teacher:Teacher)->Callable[..., Tensor]:
     """What a teacher makes of images (B, 3, H, W) in [0, 1] and of features in place of its own, or of its own without them:
-    the numbers of classes (B,), or masks (B, h, w) bool."""
+    the numbers of classes (B,), or masks (B, h, w) bool. Raises `BadInput` for a teacher without a decoder."""
+    reads = decoder_reads(teacher)
+    if not reads: raise BadInput(f'teacher {teacher.name} has no decoder: those of zoo: have one')
     @torch.no_grad()
     def named(images, features=None):
         return teacher.model.get_classifier()((features or teacher(images)).summary.float()).argmax(1)
-    if decoder_reads(teacher) == 'summary': return named
-    return lambda images, features=None: _mask(teacher, images, features)
-
-@torch.no_grad()
-def _mask(teacher, images, features):
-    images = F.interpolate(images, (teacher.size, teacher.size), mode='bilinear', antialias=True)
-    maps = teacher.model.encode((images - teacher.mean)/teacher.std)
-    if features is not None:
-        spatial = features.spatial.movedim(-1, 1).float()
-        maps[-1] = F.interpolate(spatial, maps[-1].shape[-2:], mode='bilinear', align_corners=False)
-    return teacher.model.decode(maps)[:, 0] > .5
+    @torch.no_grad()
+    def painted(images, features=None):
+        maps = teacher.model.encode((resize(images, teacher.size) - teacher.mean)/teacher.std)
+        if features is not None: maps[-1] = resample(features.spatial.float(), maps[-1].shape[-2:]).movedim(-1, 1)
+        return teacher.model.decode(maps)[:, 0] > .5
+    return named if reads == 'summary' else painted
 
 def agreement(a:Tensor, b:Tensor)->Tensor: # of decoders; gives (B,)
-    "Whether two answers name the same class; of masks how much of what either of them marks both do."
+    "1 where two answers name the same class; of two masks intersection over union, and 1 where both are empty."
     if a.ndim == 1: return (a == b).float()
     both, either = (a & b).flatten(1).sum(1), (a | b).flatten(1).sum(1)
     return torch.where(either > 0, both/either.clamp(1), 1.)

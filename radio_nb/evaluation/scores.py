@@ -31,7 +31,7 @@ class Score(NamedTuple):
 @dataclass(frozen=True)
 class EvalData:
     "The images to evaluate on."
-    images: str = ''      # for match, places and decoder: folder, Parquet file or folder, hf:name, or zoo:photos
+    images: str = ''      # for match, places and decoders: folder, Parquet file or folder, hf:name, or zoo:photos
     train: str = ''       # for knn and linear: images to learn from; a folder for each class, Parquet, or hf:name:split
     test: str = ''        # for knn, linear and zero-shot: images to be tested on, with classes as --train
     masks: str = ''       # for segmentation: Parquet with columns image and mask, to learn from
@@ -46,7 +46,7 @@ class EvalData:
         return ' → '.join(getattr(self, name) for name in names) + limit + more
 
 # %% ../../nbs/evaluation/08_scores.ipynb #4d2405fe
-SUITES = {'match': ('images',), 'places': ('images',), 'decoder': ('images',),   # the fields that each needs
+SUITES = {'match': ('images',), 'places': ('images',), 'decoders': ('images',),   # the fields that each needs
           'knn': ('train', 'test'), 'linear': ('train', 'test'), 'segmentation': ('masks', 'test_masks'),
           'zero-shot': ('test',)}
 

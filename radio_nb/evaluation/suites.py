@@ -423,5 +423,5 @@ def decoder_suite(
             for name, decoder in decoders.items():
                 same = agreement(decoder(batch, features[name]), own[name]).sum().item()
                 sums[who, name] = sums.get((who, name), 0) + same
-    return [Score(who, f'same answer, {name}', value/images.n, images.n, images.total, 'decoder', dataset)
+    return [Score(who, f'same answer, {name}', value/images.n, images.n, images.total, 'decoders', dataset)
             for (who, name), value in sums.items()]

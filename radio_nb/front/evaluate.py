@@ -136,7 +136,7 @@ def decoder_scores(
     own = {name: teachers[name] for name, what in reads.items()
            if what == 'summary' and name in summaries or what == 'spatial' and name not in only_summaries}
     if not own:
-        raise BadInput('suite decoder: no teacher of this run has a decoder that reads what the student learned; '
+        raise BadInput('suite decoders: no teacher of this run has a decoder that reads what the student learned; '
                        'those of zoo: have one')
     images, _ = shuffled_subset(open_images(data.images), limit=data.limit)
     readable = ReadableImages(images, crop_sides(run.size, [t.size for t in own.values()]), stopped, 'decoders')
@@ -202,10 +202,10 @@ def evaluate(
     def keep(scores):
         found.scores.extend(scores)
         save_scores(run.out, scores)
-    if 'match' in suites or 'decoder' in suites:
+    if 'match' in suites or 'decoders' in suites:
         names, _ = learned_from(run.recipe, measured(run.out, list(run.teachers)))
         own = {name: loaded[name] if teachers_too else load_own(run, name) for name in names}
-    if 'decoder' in suites: keep(decoder_scores(run, own, data, stopped, found.skipped))
+    if 'decoders' in suites: keep(decoder_scores(run, own, data, stopped, found.skipped))
     if 'match' in suites:
         match, scores = match_at(run, own, loaded, data, sizes, stopped, found.skipped)
         found.match.update(match)
