@@ -222,10 +222,9 @@ class Student(Pictures, Pretrained):
     def _wanted(self, adaptors, layout):
         names = list(self.config['teachers'])
         if layout not in LAYOUTS: raise unknown('layout', layout, list(LAYOUTS))
-        if isinstance(adaptors, str): adaptors = [adaptors]
-        for name in adaptors or ():
-            if name not in names: raise unknown('adaptor', name, names)
-        return names if adaptors is None else list(adaptors)
+        wanted = [adaptors] if isinstance(adaptors, str) else names if adaptors is None else list(adaptors)
+        if strange := [name for name in wanted if name not in names]: raise unknown('adaptor', strange[0], names)
+        return wanted
 
     def no_weight_decay(self)->set[str]:
         "Names of parameters that an optimizer should not shrink; timm's optimizers ask for them."
