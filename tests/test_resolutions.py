@@ -14,7 +14,7 @@ from radio_nb.front.evaluate import evaluate
 from radio_nb.models.teachers import load_teacher
 from radio_nb.targets.bad_input import BadInput
 from radio_nb.training.distributed import new_accelerator
-from radio_nb.training.plan import plan_recipe
+from radio_nb.training.plan import network_rows, plan_recipe
 from radio_nb.training.recipe import Partition, Recipe, Stage, parse_recipe, recipe_toml
 from radio_nb.training.run_folder import load_checkpoint
 from radio_nb.training.stages import check_recipe
@@ -136,6 +136,8 @@ def test_a_plan_takes_the_mean_over_sizes_and_the_most_memory(recipe):
     each, drawn = [planned(size) for size in (48, 64, 96)], planned(48, 64, 96)
     assert arithmetic(drawn) == pytest.approx(sum(map(arithmetic, each))/3)
     assert drawn.memory == each[-1].memory and drawn.memory != each[0].memory
+    shown = {row[0]: row[2] for row in network_rows(drawn)}
+    assert shown == {'efficientnet-lite0/-2': '≤ 96 × 96', 'u2netp': '64 × 64', 'student': '≤ 96 × 96'}
     *each, drawn = (plan_recipe(replace(recipe, sizes=sizes, views=1, cache='x'))
                     for sizes in ((48,), (64,), (96,), (48, 64, 96)))
     assert drawn.crop_bytes() == sum(plan.crop_bytes() for plan in each)

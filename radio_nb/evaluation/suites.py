@@ -20,7 +20,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 
-from ..targets.features import Features, resample
+from ..targets.features import Features, height_width, resample
 from ..targets.bad_input import BadInput
 from ..targets.normalizers import Normalizer
 from ..models.specs import parse_spec
@@ -68,7 +68,7 @@ def teacher_eval_model(
 )->EvalModel:
     "A pretrained model as it is."
     texts = {spec: lambda images: teacher(images).summary} if parse_spec(spec).source == 'open_clip' else {}
-    return EvalModel(name or teacher.name, teacher, (teacher.size, teacher.size), teacher.mean.device, texts)
+    return EvalModel(name or teacher.name, teacher, height_width(teacher.size), teacher.mean.device, texts)
 
 def student_eval_model(
     student:Student,

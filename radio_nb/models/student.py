@@ -200,9 +200,9 @@ class Student(Pictures, Pretrained):
         layout:str='NHWC',               # of the grids, one of `LAYOUTS`
     )->dict[str, Features]:
         "The student's estimate of teachers' features; a teacher without a summary gets one of width 0."
-        return self.adapted(self.own_features(images), self._wanted(adaptors, layout), layout)
+        return self.adapted(self.backbone_features(images), self._wanted(adaptors, layout), layout)
 
-    def own_features(self, images:Tensor)->Features:
+    def backbone_features(self, images:Tensor)->Features:
         "What the backbone makes of images; without a gradient where only the heads learn."
         with torch.no_grad() if self.heads_only else nullcontext(): return self.backbone(images)
 

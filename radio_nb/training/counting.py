@@ -270,7 +270,7 @@ def count_part(
     processes:int=1,
     again:bool=False,   # whether a step has had other microbatches before
 )->PartCost:
-    "What one part of a batch costs, of several sizes on average. Raises `BadInput` where the processes cannot share it out."
+    "What one part of a batch costs, on average over its sizes. Raises `BadInput` where processes cannot share it out."
     costs = [_count_at(part._replace(size=size, others=()), recipe, networks, processes, again)
              for size in part.sizes()]
     def mean(of): return scaled(sum((of(cost) for cost in costs), Counter()), 1/len(costs))

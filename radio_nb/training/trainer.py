@@ -99,7 +99,7 @@ class DistillStep(nn.Module):
         "The student's outputs where its teachers look, and the loss that its average adds."
         if average is None: outputs, agree = self.student(images), 0.
         else:
-            features = self.student.own_features(images)
+            features = self.student.backbone_features(images)
             outputs = self.student.adapted(features, list(self.student.config['teachers']))
             own = moved(features.spatial, moves[AVERAGE]) if AVERAGE in moves else features.spatial
             apart = mesa_loss(own, average, masks.get(AVERAGE))
