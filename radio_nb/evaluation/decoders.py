@@ -28,8 +28,8 @@ def decoder_reads(
     return 'summary' if fits else ''
 
 def decoder_of(teacher:Teacher)->Callable[..., Tensor]:
-    """What a teacher makes of images (B, 3, H, W) in [0, 1] and of features in place of its own, or of its own without them:
-    the numbers of classes (B,), or masks (B, h, w) bool. Raises `BadInput` for a teacher without a decoder."""
+    """What a teacher makes of images (B, 3, H, W) in [0, 1] and of features in place of its own, or of its own without
+    them: the numbers of classes (B,), or masks (B, h, w) bool. Raises `BadInput` for a teacher without a decoder."""
     reads = decoder_reads(teacher)
     if not reads: raise BadInput(f'teacher {teacher.name} has no decoder: those of zoo: have one')
     @torch.no_grad()

@@ -25,8 +25,8 @@ def random_warps(
     first:int=0,             # number of the first; each number always has the same warp
 )->Tensor:                   # (n, 2, 3), as `F.affine_grid` takes them
     "Windows that are turned and enlarged; all of a window lies in its photograph."
-    draws = [torch.rand(4, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(first, first + n)]
-    turn, scale, *place = torch.stack(draws, 1)
+    def draws(i): return torch.rand(4, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+    turn, scale, *place = torch.stack([draws(i) for i in range(first, first + n)], 1)
     turn, scale = torch.deg2rad((2*turn - 1)*TURN), SHOWN[0] + (SHOWN[1] - SHOWN[0])*scale
     shape = size[0]/size[1]
     reach = torch.stack([turn.cos() + turn.sin().abs()*side for side in (shape, 1/shape)])   # of a corner, by axis

@@ -74,7 +74,7 @@ class Preset:
     "What the flags of a recipe change."
     # demo: packaged teachers and photographs, offline, in minutes
     preset: Annotated[Literal['demo', ''], tyro.conf.Positional, tyro.conf.arg(metavar='[demo]')] = ''
-    # a TOML file with fields of the recipe, or a published one: am-radio-h, radio-v2.5-b, c-radio-v4-so400m; flags win over it
+    # a TOML file with fields of the recipe, or am-radio-h, radio-v2.5-b or c-radio-v4-so400m; flags win over it
     file: Annotated[Path|None, tyro.conf.arg(name='recipe', metavar='FILE')] = None
 
     def recipe(self, flags:Flags)->Recipe:

@@ -236,8 +236,8 @@ def duration(seconds:float)->str:
 NETWORK_HEADER = ['network', 'parameters', 'pixels', 'forward', 'training', 'share']
 
 def _seen(plan):
-    """By network and size of its images, the largest where a step draws one, and whether it does: its costs for one image,
-    there and with the way back, and how many it sees."""
+    """By network and size of its images, the largest where a step draws one, and whether it does: its costs for one
+    image, there and with the way back, and how many it sees."""
     teachers, student, crops = {}, {}, Counter(name for name, _ in plan.crops())
     for stage, costs in plan.stages:
         steps = stage.last - stage.first
@@ -248,18 +248,19 @@ def _seen(plan):
                 row = teachers.setdefault((name, cost.seen[name], drawn), [flops, None, 0])
                 rows = crops[name]*plan.recipe.views*plan.images*len(cost.part.sizes())
                 row[2] = rows if plan.recipe.cache else row[2] + batches*cost.images
-            row = student.setdefault(('student', cost.part.size, bool(cost.part.others)), [cost.forward, cost.training, 0])
-            row[2] += steps*cost.images
+            own = 'student', cost.part.size, bool(cost.part.others)
+            student.setdefault(own, [cost.forward, cost.training, 0])[2] += steps*cost.images
     return teachers | student
 
 def network_rows(plan:Plan)->list[list[str]]:
-    """For every network and size of its images, the arithmetic for one image, and its share of that of the run. A size behind
-    ≤ is the largest of those that are drawn, and the arithmetic their mean."""
+    """For every network and size of its images, the arithmetic for one image, and its share of that of the run. A size
+    behind ≤ is the largest of those that are drawn, and the arithmetic their mean."""
     total = sum(plan.total().values())
     def flop(flops): return in_units(sum(flops.values()), 'FLOP') if flops else '–'
-    return [[name, in_units(plan.parameters[name]), f'{"≤ " if drawn else ""}{height} × {width}', flop(forward), flop(training),
+    def pixels(height, width, drawn): return f'{"≤ " if drawn else ""}{height} × {width}'
+    return [[name, in_units(plan.parameters[name]), pixels(*size, drawn), flop(forward), flop(training),
              f'{n*sum((training or forward).values())/total:.0%}']
-            for (name, (height, width), drawn), (forward, training, n) in _seen(plan).items()]
+            for (name, size, drawn), (forward, training, n) in _seen(plan).items()]
 
 DEVICE_HEADER = ['on', 'a step', 'the run', 'energy', 'images/s', 'memory']
 

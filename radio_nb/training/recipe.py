@@ -130,7 +130,7 @@ class Learning(Task):
     method: Literal[tuple(METHODS)] = 'phi-s'  # how targets are normalized and compared (the ten of the PHI-S study)
     summary_loss: Literal['cosine', 'angle'] = 'cosine'  # angle: over each teacher's spread of directions (C-RADIOv4)
     balance: Literal['fixed', 'ada', 'uncertainty'] = 'fixed'  # how the teachers' losses are balanced
-    mesa: NotNegative = 0.              # with ema: weight of agreeing with that average (shift-equivariant MESA, C-RADIOv4)
+    mesa: NotNegative = 0.              # with ema: weight of agreeing with that average (MESA, C-RADIOv4)
     damp: NotNegative = 0.              # spread of factors on the student's weights, in each part of a batch (DAMP)
     shift: AtLeast0 = 0                 # steps of the grid by which windows of a crop lie off its middle (C-RADIOv4)
     grid: Literal['larger', 'student'] = 'larger'  # where grids meet: AM-RADIO's choice, or the PHI-S study's
