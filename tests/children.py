@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from radio_nb.front.cli import main
 from radio_nb.data.files import Stopped
+from radio_nb.training.run_folder import load_checkpoint
 from radio_nb.training.train import Callbacks, run_recipe
 from radio_nb.models.zoo import photographs
 
@@ -63,6 +64,23 @@ def same_after_a_break(recipe, out, other):
     run_recipe(broken, resume=True)
     one, two = (Path(folder)/'student.safetensors' for folder in (out, broken.out))
     return one.read_bytes() == two.read_bytes()
+
+
+def train_double(recipe):
+    "Run a recipe in float64, where the order of sums does not matter."
+    torch.set_default_dtype(torch.float64)
+    train(recipe)
+
+
+def differences_by_division(recipe, folder):
+    "How far weights are from those of one process, in microbatches and in two processes."
+    ways = {'one': (1, {}), 'pieces': (1, {'accumulate': 2}), 'processes': (2, {})}
+    children = [Children(n, folder/f'{name}-log', train_double,
+                         replace(recipe, out=str(folder/name), watch_every=0, **fields))
+                for name, (n, fields) in ways.items()]
+    for child in children: child.wait()
+    one, *others = (load_checkpoint(folder/name/'checkpoints')['trainer']['weights'] for name in ways)
+    return [apart(one, other) for other in others]
 
 
 def command(*args):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from children import Children, apart, same_after_a_break, small_images, train
+from children import differences_by_division, same_after_a_break, small_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -15,7 +15,6 @@ from radio_nb.models.backbones import Transformer
 from radio_nb.targets.bad_input import BadInput
 from radio_nb.training.plan import plan_recipe
 from radio_nb.training.recipe import Recipe
-from radio_nb.training.run_folder import load_checkpoint
 from radio_nb.training.stages import check_recipe
 from radio_nb.training.train import Callbacks, run_recipe
 
@@ -60,19 +59,8 @@ def test_a_broken_run_goes_on_to_the_same_student(recipe, out, tmp_path):
     assert same_after_a_break(recipe, out, tmp_path/'run')
 
 
-def double(recipe):
-    torch.set_default_dtype(torch.float64)
-    train(recipe)
-
-
 def test_pieces_and_processes_train_the_same_student(recipe, tmp_path):
-    ways = {'one': (1, {}), 'pieces': (1, {'accumulate': 2}), 'processes': (2, {})}
-    children = [Children(n, tmp_path/f'{name}-log', double,
-                         replace(recipe, out=str(tmp_path/name), watch_every=0, **fields))
-                for name, (n, fields) in ways.items()]
-    for child in children: child.wait()
-    one, *others = (load_checkpoint(tmp_path/name/'checkpoints')['trainer']['weights'] for name in ways)
-    for other in others: assert apart(one, other) < 1e-5
+    assert max(differences_by_division(recipe, tmp_path)) < 1e-5
 
 
 def test_it_is_in_the_loss_and_begins_with_the_backbone(recipe, out, tmp_path):
