@@ -148,7 +148,7 @@ def test_with_heads_only_the_backbone_gets_no_gradient(name):
 
 @pytest.mark.parametrize('name', [
     'resnet10t', 'convnext_atto', 'efficientnet_lite0', 'fastvit_t8', 'regnetx_002', 'mobilenetv3_small_050',
-    'eradio_xt'])
+    'eradio_xt', 'swinv2_tiny_window8_256'])
 def test_a_pyramid_uses_every_parameter_and_comes_back_from_its_folder(name, tmp_path):
     student, images = small(name), torch.rand(2, 3, 64, 96)
     outputs = student(images)

@@ -10,6 +10,7 @@ __all__ = ['TimmNetwork', 'find_network', 'strides', 'memory_layout', 'Stages', 
 from functools import partial
 from typing import NamedTuple
 
+import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d, PatchEmbed
@@ -33,13 +34,21 @@ class TimmNetwork(NamedTuple):
     std: tuple
     architecture: str  # timm's name of it, without weights
 
+def _any_size(name):
+    "With what timm must build a network that would otherwise insist on one size of images."
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device('meta'):   # costs neither memory nor random numbers
+            timm.create_model(name, num_classes=0, strict_img_size=False)
+    except Exception: return {}   # it has no such option, or `timm_model` will say better what is wrong
+    return {'strict_img_size': False}
+
 def find_network(
     name:str,     # of an architecture, or a spec: 'timm:name', 'timm:name@path', 'zoo:name'
 )->TimmNetwork:
     "The timm network called `name`, with weights if it is a spec. Raises `BadInput` for other networks."
     spec = parse_spec(name if ':' in name else f'timm:{name}@random')
     if spec.source == 'open_clip': raise BadInput(f'a student starts from a timm network, not from {name}')
-    model = zoo_model(spec.name).load() if spec.source == 'zoo' else timm_model(spec)
+    model = zoo_model(spec.name).load() if spec.source == 'zoo' else timm_model(spec, **_any_size(spec.name))
     cfg = getattr(model, 'default_cfg', None)
     if cfg is None:
         raise BadInput(f'a student starts from a timm network, and {name} is not one; zoo:efficientnet-lite0 is')
