@@ -26,10 +26,10 @@ from torch.testing import assert_close
 
 import radio_nb as radio_nb_package
 from radio_nb.data.images import open_images
+from radio_nb.data.labelled import in_order, labelled_images
 from radio_nb.evaluation import suites
 from radio_nb.evaluation.compare import average_ranks, best_cells, compare_runs, comparison_table, ranks
 from radio_nb.evaluation.knn import knn_accuracy
-from radio_nb.evaluation.labelled import in_order, labelled_images
 from radio_nb.evaluation.scores import EvalData, Score, load_scores, save_scores
 from radio_nb.evaluation.suites import (
     ReadableImages,

@@ -15,9 +15,9 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 from torch.testing import assert_close
 
+from radio_nb.data.labelled import features_of, in_order, labelled_images
 from radio_nb.evaluation import knn
 from radio_nb.evaluation.knn import knn_accuracy, knn_predict, nearest
-from radio_nb.evaluation.labelled import features_of, in_order, labelled_images
 from radio_nb.evaluation.match import Match, linear_cka, rankme, teacher_match
 from radio_nb.targets.bad_input import BadInput
 from radio_nb.targets.features import Features

@@ -28,7 +28,7 @@ from ..training.recipe import Recipe, teacher_names, teacher_weights
 from ..training.statistics import load_normalizers, statistics_file
 from ..training.train import Prepared, TrainingRun, last_normalizers, new_student
 from ..evaluation.match import Constant, teacher_match
-from ..evaluation.labelled import labelled_images
+from ..data.labelled import labelled_images
 from ..evaluation.scores import EvalData
 from ..evaluation.suites import labelled_suite, student_eval_model, without_grids
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BETA', 'SPATIAL_LOSSES', 'GRIDS', 'cosine_distance', 'summary_loss', 'mean_square', 'smooth_l1', 'hybrid',
-           'same_grid', 'spatial_loss']
+           'same_grid', 'spatial_loss', 'soft_label_losses']
 
 # %% ../../nbs/losses/00_losses.ipynb #81c1038c
 from collections.abc import Callable
@@ -113,3 +113,13 @@ def spatial_loss(
     loss = SPATIAL_LOSSES[kind](x, y)
     if every: return loss.mean()
     return (loss.masked_fill(~mask, 0).sum((1, 2))/mask.sum((1, 2)).clamp_min(1)).mean()
+
+# %% ../../nbs/losses/00_losses.ipynb #bff329d1
+def soft_label_losses(
+    x:Tensor,              # the student's logits, (..., K)
+    y:Tensor,              # the teacher's, (..., K)
+    temperature:float=1.,
+)->Tensor:                 # (...)
+    "The squared temperature times the divergence of the student's probabilities from the teacher's."
+    x, y = ((_at_least_float32(logits)/temperature).log_softmax(-1) for logits in (x, y))
+    return temperature**2*F.kl_div(x, y, reduction='none', log_target=True).sum(-1)
