@@ -128,6 +128,7 @@ class Crop(NamedTuple):
     skipped: dict[str, str]  # images that could not be used in its place, with the reason
     row: int = -1            # which of all `rows` it is, where every image has a fixed number of views
     mask: Tensor|None = None # (height, width) bool, true where the image is; None where all of it is
+    label: int|None = None   # number of its class, -1 where it is not known; None where there are no labels
 
 def first_readable(
     candidates:Iterable[tuple[str, dict|None]], # names and undecoded images, `TRIES` of which are tried
@@ -164,6 +165,7 @@ class Crops:
     ):
         self.images, self.size, self.seed, self.crop = images, size, seed, crop
         self.shuffle, self.views = shuffle, views
+        self.labels = np.asarray(images['label']) if 'label' in images.column_names else None
         self.draft, self.min_side = draft, shortest_side(size) if draft else 0
         self.epoch, self.order = None, None
 
@@ -195,7 +197,9 @@ class Crops:
         random = np.random.default_rng([self.seed, 3, row] if self.views else [self.seed, 1, position])
         candidates = self._candidates(self.index(position), random)
         crop = first_readable(candidates, lambda image: self.crop(image, self.size, random), self.min_side)
-        return crop._replace(row=row)
+        # what stands in for an image that cannot be read is of another class
+        label = None if self.labels is None else -1 if crop.skipped else int(self.labels[self.index(position)])
+        return crop._replace(row=row, label=label)
 
     def _candidates(self, index, random):
         while True:
@@ -241,16 +245,17 @@ class Batch(NamedTuple):
     skipped: dict[str, str]  # images that could not be used, with the reason
     rows: Tensor             # of the crops, (B,) int64; -1 where there are no fixed views
     masks: Tensor|None = None # (B, height, width) bool, true where the image is; None where all of it is
+    labels: Tensor|None = None # numbers of classes, (B,) int64, -1 where one is not known; None where there are none
 
 def collate(crops:list[Crop])->Batch:
     "One batch of many crops."
     skipped = {name: why for crop in crops for name, why in crop.skipped.items()}
     images, rows = torch.stack([crop.image for crop in crops]), torch.tensor([crop.row for crop in crops])
-    if all(crop.mask is None for crop in crops): return Batch(images, skipped, rows)
+    labels = None if crops[0].label is None else torch.tensor([crop.label for crop in crops])
+    if all(crop.mask is None for crop in crops): return Batch(images, skipped, rows, labels=labels)
     everything = torch.ones(images.shape[-2:], dtype=torch.bool)
     masks = torch.stack([everything if crop.mask is None else crop.mask for crop in crops])
-    return Batch(images, skipped, rows, masks)
-
+    return Batch(images, skipped, rows, masks, labels)
 
 # %% ../../nbs/data/01_crops.ipynb #81743f8d
 def _positions(batch_size, rank, world, span):
