@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['computing_in', 'Teacher', 'read_weights', 'load_strict', 'timm_model', 'open_clip_model', 'set_tower_size',
-           'hf_model', 'hf_normalization', 'load_teacher']
+           'hf_model', 'hf_normalization', 'load_teacher', 'classifier_of']
 
 # %% ../../nbs/models/05_teachers.ipynb #76ae8e25
 import importlib.util
@@ -407,3 +407,33 @@ def load_teacher(
     with own_seed(f'{seed} {parsed.architecture()}'): teacher = load(parsed, name or spec)
     teacher.source = parsed.output()
     return teacher
+
+# %% ../../nbs/models/05_teachers.ipynb #2d54b5a3
+def _classifier_in(spec):
+    "The classifier that a file of weights for a timm network holds, or None."
+    with torch.device('meta'): name = timm.create_model(spec.name).default_cfg.get('classifier')
+    weights = read_weights(spec.weights)
+    if not isinstance(name, str) or f'{name}.weight' not in weights: return None
+    weight, bias = weights[f'{name}.weight'], weights.get(f'{name}.bias')
+    if weight.ndim != 2: return None
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
+    layer.load_state_dict({'weight': weight} | ({} if bias is None else {'bias': bias}))
+    return layer
+
+def _classifier(spec):
+    if spec.source == 'zoo': return getattr(zoo_model(spec.name).load(), 'get_classifier', lambda: None)()
+    if spec.source != 'timm': return None
+    if spec.weights not in ('', 'random'): return _classifier_in(spec)
+    def create(): return timm.create_model(spec.name, pretrained=not spec.weights).get_classifier()
+    return create() if spec.weights else _from_hub(f'timm:{spec.name}', create)
+
+def classifier_of(
+    spec:str,      # of a teacher, see `parse_spec`
+    seed:int=0,    # of random weights, see `load_teacher`
+)->nn.Linear:      # from the summary to logits, frozen
+    "The layer with which a teacher names classes. Raises `BadInput` for a teacher that names none."
+    parsed = parse_spec(spec)
+    with own_seed(f'{seed} {parsed.architecture()}'): layer = _classifier(parsed)
+    if not isinstance(layer, nn.Linear):
+        raise BadInput(f'teacher {spec} names no classes by a linear layer on its summary; zoo:efficientnet-lite0 does')
+    return layer.requires_grad_(False)

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['AtLeast0', 'AtLeast1', 'NotNegative', 'Positive', 'Fraction', 'Share', 'Probability', 'Size', 'Precision', 'RECIPES',
-           'Interval', 'fits', 'wanted', 'check_values', 'Checked', 'Partition', 'Stage', 'Task', 'Learning', 'Recipe',
-           'recipe_toml', 'read_recipe', 'recipe_file', 'parse_recipe', 'difference', 'teacher_names',
+           'Interval', 'fits', 'wanted', 'check_values', 'Checked', 'Partition', 'Stage', 'Listen', 'Task', 'Learning',
+           'Recipe', 'recipe_toml', 'read_recipe', 'recipe_file', 'parse_recipe', 'difference', 'teacher_names',
            'teacher_weights', 'teacher_precisions', 'check_rates', 'check_names']
 
 # %% ../../nbs/training/00_recipe.ipynb #f96fc4cf
 import tomllib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from math import inf
 from pathlib import Path
 from types import UnionType
@@ -59,7 +59,7 @@ def fits(value:Any, kind:Any)->bool: # kind: a type as a field of `Recipe` has i
     if kind is str: return type(value) is str and '\0' not in value and not any('\ud800' <= c < '\ue000' for c in value)
     return isinstance(value, kind)
 
-_words = {int: 'a whole number', float: 'a number', str: 'a text', bool: 'true or false'}
+_words = {int: 'a whole number', float: 'a number', str: 'a text', bool: 'true or false', dict: 'a table'}
 
 def wanted(kind:Any)->str:
     "A type in words."
@@ -105,6 +105,15 @@ class Stage(Checked):
     restart_statistics: bool = True     # whether the teachers are measured again
     sizes: tuple[AtLeast1, ...] = ()    # in place of `size`: sides, one drawn for each step
 
+# %% ../../nbs/training/00_recipe.ipynb #f4fd0e86
+@dataclass(frozen=True)
+class Listen(Checked):
+    "A listener of a run."
+    name: str                           # a key of `radio_nb.listening.listeners.LISTENERS`
+    weight: NotNegative = 1.            # of its loss; 0 for none
+    ramp: str = 'constant'              # how the weight changes in the course of the run, a key of `RAMPS` there
+    options: dict = field(default_factory=dict) # of its own
+
 # %% ../../nbs/training/00_recipe.ipynb #603f1809
 Precision = Literal['float32', 'bfloat16']
 
@@ -143,6 +152,7 @@ class Learning(Task):
     batch_size: AtLeast1 = 16           # images in each step, of all processes together
     accumulate: AtLeast1 = 1            # parts in which a process passes its images through the networks; saves memory
     stages: tuple[Stage, ...] = ()      # in a file only: one after the other; none for `steps` at `size`
+    listen: tuple[Listen, ...] = ()     # in a file only: other ways to listen to the teachers
     statistics_steps: AtLeast1 = 16     # batches from which the teachers' statistics are taken, before training
     optimizer: Literal['adamw', 'lamb'] = 'adamw'  # from timm
     lr: Positive = 1e-3                 # peak learning rate
@@ -217,6 +227,7 @@ def parse_recipe(text:str, source:str|Path)->dict: # source: where the text come
     except tomllib.TOMLDecodeError as e: raise BadInput(f'{source} is not TOML, or not all of it is there: {e}') from e
     try:
         if 'stages' in values: values['stages'] = _tables(Stage, values['stages'])
+        if 'listen' in values: values['listen'] = _tables(Listen, values['listen'], 'listen')
         check_values(Recipe, values)
     except BadInput as e: raise BadInput(f'{source}: {e}') from e
     return values
@@ -226,10 +237,11 @@ def _with_tuples(value):
     if isinstance(value, dict): return {key: _with_tuples(item) for key, item in value.items()}
     return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
-def _tables(cls, tables):
-    "Stages or partitions."
+def _tables(cls, tables, what=''):
+    "Stages, partitions or listeners."
+    what = what or f'{cls.__name__.lower()}s'
     if not isinstance(tables, tuple) or not all(isinstance(table, dict) for table in tables):
-        raise BadInput(f'{cls.__name__.lower()}s must be tables, [[{cls.__name__.lower()}s]]')
+        raise BadInput(f'{what} must be tables, [[{what}]]')
     return tuple(_table(cls, dict(table)) for table in tables)
 
 def _table(cls, table):
@@ -248,10 +260,9 @@ def difference(
     other:Recipe,
 )->str: # '' where they describe the same run
     "The first field in which two recipes ask for different students."
-    for field in fields(Recipe):
-        mine, theirs = getattr(recipe, field.name), getattr(other, field.name)
-        if mine != theirs and field.name not in _may_differ:
-            return f'{field.name} is {mine!r} here and {theirs!r} there'
+    for name in (own.name for own in fields(Recipe)):
+        mine, theirs = getattr(recipe, name), getattr(other, name)
+        if mine != theirs and name not in _may_differ: return f'{name} is {mine!r} here and {theirs!r} there'
     return ''
 
 # %% ../../nbs/training/00_recipe.ipynb #667e48b0
