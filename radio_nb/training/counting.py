@@ -40,6 +40,7 @@ from ..models.backbones import checkpoint_activations
 from ..models.specs import parse_spec
 from ..models.teachers import Teacher, load_teacher
 from ..data.crops import Batch, Pixels
+from ..agglomeration.mosaic import mosaics_at
 from ..agglomeration.resolutions import teachers_at
 from .recipe import Recipe, teacher_names, teacher_weights
 from .stages import BatchPartition
@@ -244,7 +245,8 @@ def _count_at(part, recipe, networks, processes, again): # part: of one size
                        f'{recipe.accumulate} microbatches each: choose numbers that divide')
     backbone, sides = networks.step.student.backbone, _sides(networks.step.student, part.size)
     own = {name: networks.teachers[name] for name in part.weights}
-    with SHAPES_ONLY: own = teachers_at(part.size, own, recipe.flexible, recipe.stride)
+    with SHAPES_ONLY:
+        own = mosaics_at(part.size, teachers_at(part.size, own, recipe.flexible, recipe.stride), recipe.mosaic)
     seen = {name: height_width(teacher.size) for name, teacher in own.items()}
     size = part.size if recipe.cache else crop_sides(part.size, list(seen.values()))
     learned = [p for p in networks.step.parameters() if p.requires_grad]

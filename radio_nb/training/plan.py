@@ -244,7 +244,7 @@ def _seen(plan):
         batches = steps + (plan.recipe.statistics_steps if stage.measured else 0)
         for cost in costs:
             for name, flops in cost.teachers.items():
-                drawn = bool(cost.part.others) and name in plan.recipe.flexible
+                drawn = bool(cost.part.others) and name in (*plan.recipe.flexible, *plan.recipe.mosaic)
                 row = teachers.setdefault((name, cost.seen[name], drawn), [flops, None, 0])
                 rows = crops[name]*plan.recipe.views*plan.images*len(cost.part.sizes())
                 row[2] = rows if plan.recipe.cache else row[2] + batches*cost.images

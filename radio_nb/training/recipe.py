@@ -136,6 +136,7 @@ class Learning(Task):
     size: AtLeast1 = 224                # side of the student's images in pixels
     sizes: tuple[AtLeast1, ...] = ()    # in place of `size`: sides, one drawn for each step (C-RADIOv4)
     flexible: tuple[str, ...] = ()      # teachers, by name, that see the size at which their grid is the student's
+    mosaic: tuple[str, ...] = ()        # teachers, by name, that see several of the student's images on one canvas
     method: Literal[tuple(METHODS)] = 'phi-s'  # how targets are normalized and compared (the ten of the PHI-S study)
     summary_loss: Literal['cosine', 'angle'] = 'cosine'  # angle: over each teacher's spread of directions (C-RADIOv4)
     balance: Literal['fixed', 'ada', 'uncertainty'] = 'fixed'  # how the teachers' losses are balanced
@@ -287,7 +288,12 @@ def teacher_weights(recipe:Recipe, names:list[str])->tuple[dict[str, float], dic
         if weights and len(weights) != len(names):
             raise BadInput(f'{field}: {len(weights)} numbers for {len(names)} teachers')
         return dict(zip(names, weights or [1.]*len(names)))
-    return by_name('summary_weights', recipe.summary_weights), by_name('spatial_weights', recipe.spatial_weights)
+    summary = by_name('summary_weights', recipe.summary_weights)
+    for name in (name for name in names if name in recipe.mosaic):
+        if recipe.summary_weights and summary[name]:
+            raise BadInput(f'summary_weights: teacher {name} sees mosaics, of which no image has a summary: give it 0')
+        summary[name] = 0.
+    return summary, by_name('spatial_weights', recipe.spatial_weights)
 
 def teacher_precisions(
     recipe:Recipe,

@@ -41,6 +41,7 @@ from ..agglomeration.angles import angle_loss, dispersion
 from ..agglomeration.shifts import Places, Shift, Windows, shift_of
 from ..agglomeration.resolutions import grid_of, teachers_at
 from ..agglomeration.mesa import AVERAGE
+from ..agglomeration.mosaic import dealt, mosaics_at
 from .recipe import Recipe, teacher_names, teacher_precisions, teacher_weights
 from .stages import StagePlan, BatchPartition
 from .distributed import shard_of
@@ -125,11 +126,13 @@ class Source(NamedTuple):
 
     def drawn(self, seed:int)->'Source':
         "As a step sees it; always the same for a seed."
-        return (self, *self.others)[int(np.random.default_rng([seed, 4]).integers(1 + len(self.others)))]
+        source = (self, *self.others)[int(np.random.default_rng([seed, 4]).integers(1 + len(self.others)))]
+        return source._replace(teachers=dealt(source.teachers, seed))
 
     def in_turn(self, i:int)->'Source':
         "At its sizes one after the other."
-        return (self, *self.others)[i % (1 + len(self.others))]
+        source = (self, *self.others)[i % (1 + len(self.others))]
+        return source._replace(teachers=dealt(source.teachers, i))
 
     def batches(self, recipe:Recipe, accelerator:Accelerator, first:int, last:int)->Iterator[Batch]:
         "What this process sees of the part, from step `first` to before `last`."
@@ -203,6 +206,7 @@ def open_sources(
 def _source_at(size, recipe, part, teachers, home):
     "A source without crops, at one of the sizes of its part."
     here = teachers_at(size, {name: teachers[name] for name in part.weights}, recipe.flexible, recipe.stride)
+    here = mosaics_at(size, here, recipe.mosaic)
     part = part._replace(size=size, others=())
     return Source(part, None, here, {}, home, source_shift(recipe, part, here))
 

@@ -201,6 +201,8 @@ def check_readable(images:Dataset|IterableDataset):
 def check_sizes(recipe:Recipe, plan:tuple[StagePlan, ...], student:Student, processes:int):
     "Raise `BadInput` for images that the student cannot see, and for batches that cannot be divided."
     patch = student.backbone.patch
+    if recipe.mosaic and processes > 1:
+        raise BadInput(f'mosaic: {processes} processes would have other mosaics than one; start one, or leave it out')
     for part in (part for stage in plan for part in stage.parts):
         for height, width in part.sizes():
             if height % patch or width % patch:
