@@ -27,8 +27,9 @@ from radio_nb.training.recipe import Recipe, recipe_toml
 
 TEACHERS = {'clip': (24, 40), 'dino': (16, 16), 'sam': (0, 16)}
 STUDENTS = {'vit': ('vit_tiny_patch16_224', {'depth': 2}),
-            'vit with a stem': ('vit_tiny_patch16_224', {'depth': 2, 'stem': 'resnet10t'}),
-            'pyramid': ('resnet10t', {})}
+            'vit with a stem': ('vit_tiny_patch16_224', {'depth': 2, 'stem': 'resnet10t', 'head_attention': 1,
+                                                         'ladder': True}),
+            'pyramid': ('resnet10t', {'head_attention': 1})}
 SIZES = ((64, 64), (96, 160), (224, 128))
 
 

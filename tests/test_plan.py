@@ -54,7 +54,7 @@ CASES = {
     'a stem': small(stem='zoo:efficientnet-lite0', balance='uncertainty'),
     'partitions': small(teachers=(U2, f'{VIT}#96'), batch_size=8, stages=(Stage(3, partitions=(
         Partition(.75, teachers=('u2netp',)), Partition(.25, 96, ('vit_tiny_patch16_224.augreg_in21k',)))),)),
-    'a cache': small(views=2, cache='anywhere'),
+    'a cache, and heads that see more': small(views=2, cache='anywhere', head_attention=1, ladder=True),
     'rate-distortion modules': small(information=(10., 1.), kd_dropout=0.),
 }
 

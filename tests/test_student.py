@@ -283,8 +283,9 @@ def test_a_pyramid_names_the_sides_it_needs():
         small('resnet10t')(torch.rand(1, 3, 48, 64))
 
 
-COMPILED = [('vit_tiny_patch16_224', {}), ('vit_tiny_patch16_224', {'stem': 'resnet10t', 'bottleneck': True}),
-            ('resnet10t', {'head_blocks': 1})]
+COMPILED = [('vit_tiny_patch16_224', {}),
+            ('vit_tiny_patch16_224', {'stem': 'resnet10t', 'bottleneck': True, 'head_attention': 1, 'ladder': True}),
+            ('resnet10t', {'head_blocks': 1, 'head_attention': 1})]
 
 
 @pytest.mark.parametrize('training', [True, False])

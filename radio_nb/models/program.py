@@ -78,8 +78,8 @@ class Deployed(nn.Module):
 
 def named_outputs(student:Student, images:Tensor)->dict[str, Tensor]:
     "All that a student gives, by names such as `backbone.spatial`; no summary where a teacher has none."
-    own = student.backbone(images)
-    adapted = student.adapted(own, list(student.config['teachers']))
+    layers = student.layers(images)
+    own, adapted = layers[-1], student.adapted(layers, list(student.config['teachers']))
     return {f'{name}.{kind}': value for name, features in {'backbone': own, **adapted}.items()
             for kind, value in features._asdict().items() if value.shape[-1]}
 

@@ -95,12 +95,16 @@ def windowed_blocks(
     tokens:Tensor,         # the prefix, and the patches row after row, (B, prefix + h*w, D)
     prefix:int,            # how many class tokens and registers stand in front
     grid:tuple[int, int],  # rows and columns of patches
-    side:int,              # of a window, in patches
-)->Tensor:                 # as `tokens`
+    side:int,              # of a window, in patches; 0 for none
+    every:bool=False,      # whether what comes out of each block is wanted, or of the last alone
+)->list[Tensor]:           # each as `tokens`
     "Run all blocks: the last of each group sees all tokens, the others windows (ViTDet, arXiv 2203.16527, §3)."
+    def ordered(tokens, order):
+        return torch.cat([tokens[:, :prefix], order(tokens[:, prefix:], *grid, side)], 1) if side else tokens
     group = max(2, ceil(len(blocks)/4))
-    tokens = torch.cat([tokens[:, :prefix], into_windows(tokens[:, prefix:], *grid, side)], 1)
+    tokens, found = ordered(tokens, into_windows), []
     for i, block in enumerate(blocks, 1):
-        is_global = i % group == 0 or i == len(blocks)
+        is_global = not side or i % group == 0 or i == len(blocks)
         tokens = block(tokens) if is_global else windowed(block, tokens, prefix, side**2)
-    return torch.cat([tokens[:, :prefix], from_windows(tokens[:, prefix:], *grid, side)], 1)
+        if every or i == len(blocks): found.append(ordered(tokens, from_windows))
+    return found

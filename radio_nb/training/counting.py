@@ -36,8 +36,8 @@ from ..targets.bad_input import BadInput
 from ..targets.normalizers import Normalizer
 from ..losses.methods import METHODS
 from ..losses.multi_teacher import MultiTeacherLoss
-from ..models.backbones import checkpoint_activations
 from ..models.specs import parse_spec
+from ..models.student import checkpoint_student
 from ..models.teachers import Teacher, load_teacher
 from ..data.crops import Batch, Pixels
 from ..agglomeration.mosaic import mosaics_at
@@ -171,7 +171,7 @@ def untrained_step(recipe:Recipe, widths:dict[str, tuple[int, int]])->DistillSte
     student = new_student(replace(recipe, student=untrained(recipe.student), stem=untrained(recipe.stem)), widths)
     loss = MultiTeacherLoss(recipe.method, *teacher_weights(recipe, list(widths)), recipe.balance, recipe.grid)
     with torch.device('cpu'): cifd = _blank_cifd(recipe, widths) if recipe.information else None
-    if recipe.checkpoint_activations: checkpoint_activations(student.backbone)
+    if recipe.checkpoint_activations: checkpoint_student(student)
     return DistillStep(student, loss, cifd, recipe.precision == 'bfloat16', recipe.mesa)
 
 # %% ../../nbs/training/09_counting.ipynb #a1000057

@@ -148,6 +148,8 @@ class Learning(Task):
     spatial_weights: tuple[NotNegative, ...] = ()  # by teacher; 1 by default
     head_width: AtLeast0 = 0            # inside the heads; 0 for the widest teacher
     head_blocks: AtLeast0 = 0           # residual blocks in each head; 0 for the two layers of AM-RADIO
+    head_attention: AtLeast0 = 0        # transformer blocks in front of each teacher's heads (DUNE, C-RADIOv4)
+    ladder: bool = False                # whether heads see every block of a transformer, not the last alone (UNIC)
     windows: tuple[AtLeast1, ...] = ()  # sides of attention windows in patches, one drawn for each step; none: global
     steps: AtLeast1 = 1000              # of training, where there are no stages
     batch_size: AtLeast1 = 16           # images in each step, of all processes together

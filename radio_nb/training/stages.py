@@ -119,6 +119,8 @@ def check_recipe(recipe:Recipe)->tuple[StagePlan, ...]: # the stages, worked out
     check_evaluation(recipe, any(summary.values()), any(spatial.values()))
     if recipe.mesa and not recipe.ema:
         raise BadInput('mesa: there is no average to agree with: add --ema .99, say')
+    if recipe.ladder and recipe.information and recipe.bottleneck:
+        raise BadInput('ladder: inner blocks would go round the bottleneck: add --bottleneck 0, or leave out --ladder')
     if recipe.shard and recipe.ema:
         raise BadInput('shard: an average of sharded weights is not kept; leave out --ema')
     if recipe.shard and recipe.damp: raise BadInput('shard: weights in shards are not made noisy; leave out --damp')

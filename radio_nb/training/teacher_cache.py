@@ -292,7 +292,7 @@ def fill_cache(
     by_folder = {entry.folder: entry for entry in entries.values()}   # one for two names of the same teacher
     def missing():
         if not root.is_dir():
-            with _writing(root): root.mkdir(parents=True)
+            with _writing(root): root.mkdir(parents=True, exist_ok=True)   # another run may be as fast
         return [str(folder) for folder in by_folder if not folder.exists()]
     def look(): return [by_folder[Path(folder)] for folder in _first(accelerator, missing)]
     if lacking := look():

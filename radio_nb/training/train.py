@@ -31,8 +31,7 @@ from datasets import Dataset, IterableDataset
 from ..targets.bad_input import BadInput
 from ..targets.normalizers import Normalizer
 from ..losses.multi_teacher import MultiTeacherLoss
-from ..models.backbones import checkpoint_activations
-from ..models.student import Student, check_microbatch, fold_heads, remove_neck
+from ..models.student import Student, check_microbatch, checkpoint_student, fold_heads, remove_neck
 from ..models.specs import parse_spec
 from ..models.teachers import Teacher, load_teacher, read_weights
 from ..models.tensor_files import fingerprint, load_tensors
@@ -109,7 +108,8 @@ def new_student(
     summary_weights, _ = teacher_weights(recipe, list(widths))
     widths = {name: (summary if summary_weights[name] else 0, spatial) for name, (summary, spatial) in widths.items()}
     student = Student(recipe.student, widths, recipe.stem, recipe.head_width, depth=recipe.depth,
-                      head_blocks=recipe.head_blocks, windows=recipe.windows, stride=recipe.stride)
+                      head_blocks=recipe.head_blocks, windows=recipe.windows, stride=recipe.stride,
+                      head_attention=recipe.head_attention, ladder=recipe.ladder)
     if recipe.information and recipe.bottleneck:
         from radio_nb.cifd.controlled_flow import TokenBottleneck
         student.neck = TokenBottleneck(student.backbone.dim)
@@ -120,7 +120,7 @@ def new_distill_step(recipe:Recipe, student:Student, out:Path)->DistillStep:
     names = list(student.config['teachers'])
     loss = MultiTeacherLoss(recipe.method, *teacher_weights(recipe, names), recipe.balance, recipe.grid)
     cifd = load_cifd_loss(recipe, names, out)
-    if recipe.checkpoint_activations: checkpoint_activations(student.backbone)
+    if recipe.checkpoint_activations: checkpoint_student(student)
     return DistillStep(student, loss, cifd, recipe.precision == 'bfloat16', recipe.mesa)
 
 # %% ../../nbs/training/08_train.ipynb #2be0f709

@@ -99,9 +99,9 @@ class DistillStep(nn.Module):
         "The student's outputs where its teachers look, and the loss that its average adds."
         if average is None: outputs, agree = self.student(images), 0.
         else:
-            features = self.student.backbone_features(images)
-            outputs = self.student.adapted(features, list(self.student.config['teachers']))
-            own = moved(features.spatial, moves[AVERAGE]) if AVERAGE in moves else features.spatial
+            layers = self.student.layers(images)
+            outputs, own = self.student.adapted(layers, list(self.student.config['teachers'])), layers[-1].spatial
+            if AVERAGE in moves: own = moved(own, moves[AVERAGE])
             apart = mesa_loss(own, average, masks.get(AVERAGE))
             self.apart, agree = apart.detach(), self.mesa*part.share*apart
         for name, by in moves.items():

@@ -79,7 +79,8 @@ ONE = st.sampled_from(CHOSEN).flatmap(lambda field: st.tuples(
     st.just(field.name), st.one_of(values_of(field.type), values_of(field.type), NONSENSE)))
 CHANGES = st.lists(ONE, min_size=1, max_size=3).map(dict)
 SLOW = {'compile': ('',), 'steps': range(9), 'batch_size': range(9), 'workers': range(1), 'information_steps': range(9),
-        'statistics_steps': range(9), 'views': range(9), 'size': (16, 32, 48), 'head_blocks': range(3)}
+        'statistics_steps': range(9), 'views': range(9), 'size': (16, 32, 48), 'head_blocks': range(3),
+        'head_attention': range(3)}
 
 
 def bearable(changes):
