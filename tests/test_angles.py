@@ -5,7 +5,6 @@ from math import pi
 import pytest
 import torch
 import torch.nn.functional as F
-from children import same_after_a_break
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -61,10 +60,6 @@ def test_a_run_divides_by_the_dispersion_of_what_it_has_measured(recipe, out):
         by_hand = torch.acos(F.cosine_similarity(summaries.double(), mean[None])).square().mean().item()
         assert found == pytest.approx(by_hand, rel=1e-4)
         assert load_summary_losses(SPECS, out)[name].keywords == {'disp': found}
-
-
-def test_a_broken_run_goes_on_to_the_same_student(recipe, out, tmp_path):
-    assert same_after_a_break(recipe, out, tmp_path/'run')
 
 
 def test_a_run_without_angles_measures_none(recipe, tmp_path):

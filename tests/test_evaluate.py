@@ -290,7 +290,7 @@ def test_ctrl_c_leaves_what_is_known(mine, labelled, tmp_path, at, what, partial
 
 
 def test_memory_does_not_grow_with_the_images(mine, labelled, tmp_path):
-    """Summaries are kept, images are not: 1600 more images of 64 × 64 would be 79 MB as numbers.
+    """Summaries are kept, images are not: 1000 more images of 64 × 64 would be 49 MB as numbers.
 
     In a process of its own, whose allocator gives large blocks back at once: otherwise the peak is that of its
     fragments, which come and go by tens of megabytes from run to run.
@@ -298,7 +298,7 @@ def test_memory_does_not_grow_with_the_images(mine, labelled, tmp_path):
     code = ('import resource, sys; from radio_nb.front.cli import main; main(sys.argv[1:]); '
             'print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024)')
     peaks = []
-    for n in (400, 2000):
+    for n in (200, 1200):
         folder = tmp_path/f'{n}'
         for c in range(2):
             (folder/f'{c}').mkdir(parents=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from children import differences_by_division, same_after_a_break, small_images
+from children import small_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -53,14 +53,6 @@ def out(recipe): return run_recipe(recipe)
 
 
 def lines(out): return [json.loads(line) for line in (Path(out)/'metrics.jsonl').read_text().splitlines()]
-
-
-def test_a_broken_run_goes_on_to_the_same_student(recipe, out, tmp_path):
-    assert same_after_a_break(recipe, out, tmp_path/'run')
-
-
-def test_pieces_and_processes_train_the_same_student(recipe, tmp_path):
-    assert max(differences_by_division(recipe, tmp_path)) < 1e-5
 
 
 def test_it_is_in_the_loss_and_begins_with_the_backbone(recipe, out, tmp_path):

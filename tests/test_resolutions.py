@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from children import differences_by_division, same_after_a_break, small_images
+from children import small_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -85,14 +85,6 @@ def test_what_is_left_open_comes_from_above(recipe):
 
 @pytest.fixture(scope='module')
 def out(recipe): return run_recipe(recipe)
-
-
-def test_a_broken_run_goes_on_to_the_same_student(recipe, out, tmp_path):
-    assert same_after_a_break(recipe, out, tmp_path/'run')
-
-
-def test_pieces_and_processes_train_the_same_student(recipe, tmp_path):
-    assert max(differences_by_division(recipe, tmp_path)) < 1e-5
 
 
 def test_statistics_are_taken_at_each_size(recipe, out, tmp_path):

@@ -97,7 +97,7 @@ def compared_students(recipe:Recipe, ready:Prepared, out:Path)->dict:
     "The trained student and its two baselines."
     trained = Student.from_pretrained(out).to(ready.device)
     check_teachers(trained, list(teacher_names(recipe.teachers)), out)
-    untrained = new_student(recipe, trained.config['teachers']).to(ready.device).eval()
+    untrained = new_student(recipe, trained.config['teachers'], trained.config['classes']).to(ready.device).eval()
     normalizers = last_normalizers(trained.config['teachers'], out)
     return {'student': trained, 'untrained': fold_heads(untrained, normalizers),
             'constant': Constant(statistics_file(out), list(ready.teachers))}

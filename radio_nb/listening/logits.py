@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..losses.losses import at_least_float32
 from .lesson import Listener
 
 # %% ../../nbs/listening/01_logits.ipynb #10910008
@@ -30,7 +31,8 @@ def pld_losses(
 )->Tensor:                 # (B,)
     "Plackett–Luce distillation: the list of classes, each place weighted by the teacher (arXiv 2506.12542)."
     order = listed(y, labels)
-    weights, ranked = (y.float()/temperature).softmax(1).gather(1, order), x.float().gather(1, order)
+    x, y = at_least_float32(x), at_least_float32(y)
+    weights, ranked = (y/temperature).softmax(1).gather(1, order), x.gather(1, order)
     left = ranked.flip(1).logcumsumexp(1).flip(1)   # of each place and all behind it
     return (weights*(left - ranked)).sum(1)
 
@@ -52,7 +54,7 @@ def bidirectional_losses(
     more:float=2.,      # the weight of one of the directions beside the other's 1
 )->Tensor:              # (B,)
     "The divergences in both directions, one weighted more where entropies say so (after BD-KD, arXiv 2212.12965)."
-    x, y = x.float().log_softmax(1), y.float().log_softmax(1)
+    x, y = at_least_float32(x).log_softmax(1), at_least_float32(y).log_softmax(1)
     forward, reverse = (y.exp()*(y - x)).sum(1), (x.exp()*(x - y)).sum(1)
     unsure = (y.exp()*y).sum(1) < (x.exp()*x).sum(1)   # the teacher has the larger entropy
     return torch.where(unsure, more*forward + reverse, forward + more*reverse)
@@ -62,7 +64,7 @@ def jensen_shannon_losses(
     y:Tensor,  # the teacher's, (B, K)
 )->Tensor:     # at most log 2, (B,)
     "The mean of the divergences of both from their mean (SSLD, arXiv 2103.05959)."
-    x, y = x.float().log_softmax(1), y.float().log_softmax(1)
+    x, y = at_least_float32(x).log_softmax(1), at_least_float32(y).log_softmax(1)
     mean = torch.logaddexp(x, y) - torch.tensor(2.).log()
     return ((x.exp()*(x - mean)).sum(1) + (y.exp()*(y - mean)).sum(1))/2
 
@@ -71,7 +73,7 @@ def label_losses(
     labels:Tensor,  # (B,) int64; -1 where one is not known
 )->Tensor:          # 0 where the label is not known, (B,)
     "The cross-entropy with the labels."
-    return F.cross_entropy(x.float(), labels, ignore_index=-1, reduction='none')
+    return F.cross_entropy(at_least_float32(x), labels, ignore_index=-1, reduction='none')
 
 class BothWays(Listener):
     "BD-KD as a listener: labels, and both directions."
@@ -109,8 +111,8 @@ class MovingTarget(Listener):
             self.register_buffer(name, torch.tensor(value))
 
     def losses(self, student, teacher, lesson):
-        own = student.logits.float()
-        target = torch.lerp(own.detach(), teacher.logits.float(), self.theta).softmax(1)
+        own = at_least_float32(student.logits)
+        target = torch.lerp(own.detach(), at_least_float32(teacher.logits), self.theta).softmax(1)
         return -(target*own.log_softmax(1)).sum(1)
 
     @torch.no_grad()

@@ -225,6 +225,7 @@ class Adaptors(nn.Module):
         blocks:int=0,                         # see `Head`
         attention:int=0,                      # see `Projector`; 0 for none
         below:int|None=None,                  # see `LadderHead`; None for no ladder
+        classes:dict[str, int]|None=None,     # by teacher, how many classes it names; see `logits`
     ):
         "Make all heads new."
         kind, more = (Head, {}) if below is None else (LadderHead, {'below': below})
@@ -233,6 +234,14 @@ class Adaptors(nn.Module):
                                            for name in self.summaries)
         self.spatial_heads = nn.ModuleList(kind(dim, hidden, width, blocks, **more) for _, width in teachers.values())
         self.projectors = nn.ModuleList(Projector(dim, attention) for _ in (teachers if attention else ()))
+        self.logit_heads = nn.ModuleList(nn.Linear(teachers[name][0], n) for name, n in (classes or {}).items())
+
+    def logits(self,
+        found:dict[str, Features], # from `adapted`, or from the student itself
+    )->dict[str, Tensor]:          # (B, K) by teacher
+        "The student's numbers for the classes that some teachers name, from its summary for each of them."
+        heads = dict(zip(self.config['classes'], self.logit_heads))
+        return {name: heads[name](own.summary) for name, own in found.items() if name in heads}
 
     def adapted(self,
         layers:list[Features], # of the backbone, see `Student.layers`
@@ -275,6 +284,7 @@ class Student(Pictures, Adaptors, Pretrained):
         stride:int=0,                           # see `new_backbone`
         head_attention:int=0,                   # see `Projector`
         ladder:bool=False,                      # whether the heads see every block of a transformer, see `LadderHead`
+        classes:dict[str, int]|None=None,       # by teacher, how many classes the student names as it does
     ):
         super().__init__()
         n_class = sum(width > 0 for width, _ in teachers.values())
@@ -283,11 +293,11 @@ class Student(Pictures, Adaptors, Pretrained):
             raise BadInput(f'ladder is for vision transformers, and {backbone} is not one: leave it out')
         hidden = head_width or max(max(widths) for widths in teachers.values())
         below = len(self.backbone.blocks) - 1 if ladder else None
-        self.add_heads(teachers, self.backbone.dim, hidden, head_blocks, head_attention, below)
+        self.add_heads(teachers, self.backbone.dim, hidden, head_blocks, head_attention, below, classes)
         self.neck = neck if neck is not None else nn.Identity()
         self.config = dict(backbone=self.backbone.architecture, teachers=teachers, stem=self.backbone.stem, drop=drop,
                            head_width=hidden, depth=depth, head_blocks=head_blocks, windows=[*windows], stride=stride,
-                           head_attention=head_attention, ladder=ladder)
+                           head_attention=head_attention, ladder=ladder, classes={**(classes or {})})
         self.heads_only = False  # set it, and only the heads (and the neck) learn
 
     def forward(self,

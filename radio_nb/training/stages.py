@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BatchPartition', 'StagePlan', 'spans', 'plan_stages', 'check_recipe', 'check_mosaic', 'check_views',
-           'check_evaluation', 'check_machine', 'check_device', 'learning_rate', 'teacher_dropout']
+           'check_listening', 'check_evaluation', 'check_machine', 'check_device', 'learning_rate', 'teacher_dropout']
 
 # %% ../../nbs/training/02_stages.ipynb #9c249e44
 from math import cos, pi
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ..targets.bad_input import BadInput, unknown
 from ..targets.features import height_width
+from ..models.specs import parse_spec
+from ..listening.listeners import LISTENERS, check_line, needs_of
 from .recipe import Partition, Recipe, Stage, check_rates, teacher_names, teacher_precisions
 from .recipe import teacher_weights
 
@@ -116,6 +118,7 @@ def check_recipe(recipe:Recipe)->tuple[StagePlan, ...]: # the stages, worked out
         if not any(summary[name] or spatial[name] for name in part.weights):
             raise BadInput(f'the part of a batch for {", ".join(part.weights)} teaches nothing: the weights are all 0')
     check_views(recipe)
+    check_listening(recipe)
     check_evaluation(recipe, any(summary.values()), any(spatial.values()))
     if recipe.mesa and not recipe.ema:
         raise BadInput('mesa: there is no average to agree with: add --ema .99, say')
@@ -148,6 +151,32 @@ def check_views(recipe:Recipe):
     if recipe.cache and not recipe.views: raise BadInput('a cache needs crops that come again: add --views 4, say')
     if recipe.cache and recipe.shift:
         raise BadInput('shift: a cache knows each crop as seen from one place only; leave out one of the two')
+
+# %% ../../nbs/training/02_stages.ipynb #0e6f8e80
+def check_listening(recipe:Recipe):
+    "Raise `BadInput` where there is nothing to listen to, or a listener that is not there."
+    for line in recipe.listen: check_line(line)
+    names = [line.name for line in recipe.listen]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise BadInput(f'listener {twice[0]} is listed twice; give it one weight')
+    needs = needs_of(recipe.listen)
+    if 'labels' in needs and (recipe.images.startswith('stream:') or recipe.images == 'zoo:photos'):
+        raise BadInput(f'listener {needs["labels"]} needs labels, and {recipe.images} is read without: give a folder '
+                       'for each class, or Parquet with a column label, or use kd')
+    if 'a second teacher' in needs and len(recipe.teachers) < 2:
+        raise BadInput(f'listener {needs["a second teacher"]} needs a second teacher: name one, or use kd')
+    if 'logits' in needs and not any(_may_name(spec) for spec in recipe.teachers):
+        raise BadInput(f'listener {needs["logits"]} needs logits, and no teacher names classes; '
+                       'zoo:efficientnet-lite0 does')
+    for line in recipe.listen:
+        if line.weight and LISTENERS[line.name].compares_images and recipe.accumulate > 1:
+            raise BadInput(f'listener {line.name} compares the images of a batch, which has to stay whole: '
+                           'leave out --accumulate')
+
+def _may_name(spec):
+    "Whether a teacher may name classes, as far as its spec says."
+    parsed = parse_spec(spec)
+    return parsed.source == 'timm' or parsed.source == 'zoo' and parsed.name != 'u2netp'
 
 # %% ../../nbs/training/02_stages.ipynb #d978df86
 def check_evaluation(

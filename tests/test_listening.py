@@ -1,0 +1,114 @@
+"Ways to listen to a teacher, in whole runs, with labels, and refused."
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_together import labelled_parquet
+from torch.testing import assert_close
+
+from radio_nb.data.labelled import open_labelled
+from radio_nb.listening.listeners import LISTENERS
+from radio_nb.models.student import Student
+from radio_nb.models.teachers import classifier_of
+from radio_nb.targets.bad_input import BadInput
+from radio_nb.training.recipe import Listen, Recipe, parse_recipe, recipe_toml
+from radio_nb.training.stages import check_recipe
+from radio_nb.training.train import Inputs, prepare, run_recipe
+
+LITE0 = 'efficientnet-lite0'
+
+
+@pytest.fixture(scope='module')
+def recipe(tmp_path_factory):
+    home = tmp_path_factory.mktemp('listening')
+    return Recipe(labelled_parquet(home/'images'), (f'zoo:{LITE0}#64', 'zoo:u2netp#64'), str(home/'run'), size=64,
+                  depth=1, head_width=16, steps=4, batch_size=4, statistics_steps=2, checkpoint_every=2, device='cpu',
+                  watch_every=0, log_every=1, method='global',   # so few crops name no principal axes
+                  listen=tuple(Listen(name, .1) for name in LISTENERS))
+
+
+@pytest.fixture(scope='module')
+def out(recipe): return run_recipe(recipe)
+
+
+def lines(out): return [json.loads(line) for line in (Path(out)/'metrics.jsonl').read_text().splitlines()]
+
+
+def test_all_are_in_the_loss_of_the_teacher_that_has_logits(recipe, out):
+    for line in lines(out):
+        lite0, u2netp = line['teachers'][LITE0], line['teachers']['u2netp']
+        assert lite0.keys() == {'summary', 'spatial', *LISTENERS} and u2netp.keys() == {'summary', 'spatial'}
+        losses = sum(own['summary'] + own['spatial'] for own in (lite0, u2netp))
+        assert_close(line['loss'], losses + .1*sum(lite0[name] for name in LISTENERS), rtol=1e-4, atol=1e-4)
+
+
+def test_with_weight_0_it_is_the_same_run(recipe, tmp_path):
+    without = run_recipe(replace(recipe, listen=(), out=str(tmp_path/'without')))
+    silent = run_recipe(replace(recipe, listen=(Listen('pld', 0.),), out=str(tmp_path/'silent')))
+    assert (without/'student.safetensors').read_bytes() == (silent/'student.safetensors').read_bytes()
+
+
+def test_a_ramp_says_how_much_counts(recipe, tmp_path):
+    found = lines(run_recipe(replace(recipe, listen=(Listen('kd', 3., 'rising'),), out=str(tmp_path/'run'))))
+    for done, line in enumerate(found):
+        terms = {f'{name} {kind}': value for name, own in line['teachers'].items() for kind, value in own.items()}
+        kd = terms.pop(f'{LITE0} kd')
+        assert_close(line['loss'], sum(terms.values()) + 3*done/4*kd, rtol=1e-4, atol=1e-4)
+
+
+def test_the_saved_student_names_classes(out):
+    student = Student.from_pretrained(out)
+    images = torch.rand(2, 3, 64, 64)
+    features = student(images)
+    logits, = student.logits(features).values()
+    assert logits.shape == (2, 1000) and student.config['classes'] == {LITE0: 1000}
+    assert_close(logits, student.logit_heads[0](features[LITE0].summary))
+
+
+def test_it_learns_the_teacher_s_logits(recipe, tmp_path):
+    "With nothing but soft labels, and images that come again, the divergence falls; three steps are an epoch."
+    more = dict(steps=60, listen=(Listen('kd'),), spatial_weights=(1e-6, 0.), summary_weights=(1e-6, 0.), views=1)
+    run = run_recipe(replace(recipe, out=str(tmp_path/'run'), lr=1e-2, **more))
+    found = [line['teachers'][LITE0]['kd'] for line in lines(run)]
+    assert np.mean(found[-6:]) < .7*np.mean(found[:6])
+
+
+def test_labels_travel_with_their_images(recipe):
+    images, names = open_labelled(recipe.images)
+    assert names == ['odd', 'even'] and images['label'][:] == [i % 2 for i in range(12)]
+    ready = prepare(replace(recipe, hold_out=4))
+    assert len(ready.train) == 8 and ready.train.column_names == ['image', 'label']
+    whole = {bytes(row['image']['bytes']): row['label'] for row in images}
+    assert all(whole[row['image']['bytes']] == row['label'] for row in ready.train)
+    assert 'label' not in prepare(replace(recipe, listen=(Listen('kd'),))).train.column_names
+
+
+def test_a_recipe_with_listeners_is_written_and_read(recipe):
+    assert Recipe(**parse_recipe(recipe_toml(recipe), 'text')) == recipe
+
+
+def test_what_cannot_be_listened_to_is_refused(recipe):
+    def refused(message, **fields):
+        with pytest.raises(BadInput, match=message): check_recipe(replace(recipe, **fields))
+    refused('listener pld needs labels, and zoo:photos is read without', images='zoo:photos', listen=(Listen('pld'),))
+    refused('needs labels, and stream:.* is read without', images=f'stream:{recipe.images}')
+    refused('listener kd needs logits, and no teacher names classes', listen=(Listen('kd'),), teachers=('zoo:u2netp',))
+    refused("unknown listener 'kad': did you mean kd", listen=(Listen('kad'),))
+    refused('listener kd is listed twice', listen=(Listen('kd'), Listen('kd', 2.)))
+    refused("unknown ramp of listener kd 'up'", listen=(Listen('kd', ramp='up'),))
+    refused("unknown option of listener kd 'tau'", listen=(Listen('kd', options={'tau': 2.}),))
+    check_recipe(replace(recipe, images='zoo:photos', listen=(Listen('pld', 0.), Listen('kd'))))
+    with pytest.raises(BadInput, match='needs logits, and no teacher whose summary counts'):
+        prepare(replace(recipe, summary_weights=(0., 1.)))
+    with pytest.raises(BadInput, match='pld needs labels, and the images that were handed over have no column'):
+        prepare(recipe, inputs=Inputs(images=open_labelled(recipe.images)[0].remove_columns('label')))
+
+
+def test_a_classifier_is_the_teacher_s_own():
+    layer = classifier_of(f'zoo:{LITE0}')
+    assert layer.weight.shape == (1000, 1280) and not layer.weight.requires_grad
+    one, again, other = (classifier_of('timm:resnet10t@random', seed) for seed in (0, 0, 1))
+    assert torch.equal(one.weight, again.weight) and not torch.equal(one.weight, other.weight)
