@@ -242,6 +242,14 @@ def test_teachers_are_listed(capsys):
     assert all(line[-1] in ('yes', 'no') for line in lines if line and ':' in line[0] and line[0] != 'Any')
 
 
+def test_listeners_are_listed_with_what_they_need(capsys):
+    cli.main(['listeners'])
+    out = capsys.readouterr().out
+    lines = {line.split('  ')[0]: line for line in out.splitlines()}
+    assert lines.keys() >= {'kd', 'pld', 'taid'} and 'logits, labels' in lines['pld'] and 'temperature = 4.0' in lines['kd']
+    assert '[[listen]]' in out and 'warm-up' in out
+
+
 @pytest.mark.parametrize('command', ['plan', 'distill', 'evaluate', 'compare', 'features', 'zero-shot', 'export'])
 def test_every_flag_is_explained(command, capsys, monkeypatch):
     "tyro shows the comments behind the fields of a dataclass, and none of those behind the parameters of a function."

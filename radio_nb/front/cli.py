@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['DEMO', 'TABLES', 'RunFolder', 'LINES', 'as_flags', 'expand', 'Flags', 'Preset', 'Beginning', 'hide_other_bars',
            'distill_command', 'print_skipped', 'print_result', 'height_and_width', 'Table', 'evaluate_command',
-           'print_evaluation', 'write_comparison', 'compare_command', 'teacher_row', 'teachers_command', 'ImagesRead',
-           'FeaturesWritten', 'features_command', 'write_labels', 'print_labels', 'LabelFlags', 'zero_shot_command',
-           'ExportFlags', 'export_command', 'PlanFlags', 'Machine', 'plan_command', 'run_command', 'again', 'explained',
-           'leave', 'main']
+           'print_evaluation', 'write_comparison', 'compare_command', 'teacher_row', 'teachers_command',
+           'listeners_command', 'ImagesRead', 'FeaturesWritten', 'features_command', 'write_labels', 'print_labels',
+           'LabelFlags', 'zero_shot_command', 'ExportFlags', 'export_command', 'PlanFlags', 'Machine', 'plan_command',
+           'run_command', 'again', 'explained', 'leave', 'main']
 
 # %% ../../nbs/front/09_cli.ipynb #6116fe37
 import csv
@@ -266,6 +266,15 @@ def teachers_command():
           "NAME@random none, NAME/-2 the grid of the layer before the last, and #192 behind it all shows the teacher "
           "its images at 192 pixels. Next: radio-nb distill --images FOLDER --teachers NAME NAME --out RUN")
 
+# %% ../../nbs/front/09_cli.ipynb #40d5cfed
+def listeners_command():
+    "List other ways to listen to a teacher: what each needs, its options, and what it is."
+    from radio_nb.front.run_match import text_table
+    from radio_nb.listening.listeners import RAMPS, listener_rows
+    print(text_table(['listener', 'needs', 'options', 'what it is'], listener_rows()))
+    print(f"\nIn the file of a recipe: [[listen]] with name, weight, ramp ({', '.join(RAMPS)}) and options. "
+          "Next: radio-nb distill --recipe FILE")
+
 # %% ../../nbs/front/09_cli.ipynb #135b1e95
 @dataclass(frozen=True)
 class ImagesRead:
@@ -430,8 +439,8 @@ def plan_command(
 def run_command(args:list[str]):
     "Run one command, by its flags. Flags that cannot be parsed are explained by tyro, which exits with 2."
     commands = {'plan': plan_command, 'distill': distill_command, 'evaluate': evaluate_command,
-                'compare': compare_command, 'teachers': teachers_command, 'features': features_command,
-                'zero-shot': zero_shot_command, 'export': export_command}
+                'compare': compare_command, 'teachers': teachers_command, 'listeners': listeners_command,
+                'features': features_command, 'zero-shot': zero_shot_command, 'export': export_command}
     tyro.extras.subcommand_cli_from_dict(commands, prog='radio-nb', args=expand(args),
                                          description='Distil several vision foundation models into one student.',
                                          config=(tyro.conf.FlagCreatePairsOff,))

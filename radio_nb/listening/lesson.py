@@ -62,7 +62,7 @@ class Listener(nn.Module):
 
 # %% ../../nbs/listening/00_lesson.ipynb #15e00014
 class SoftLabels(Listener):
-    "The divergence of a student's probabilities from a teacher's (Hinton et al., arXiv 1503.02531, §2)."
+    "Soft labels: the divergence from a teacher's probabilities (Hinton et al., arXiv 1503.02531, §2)."
     needs = ('logits',)
 
     def __init__(self, widths:dict[str, tuple[int, int]], classes:dict[str, int], temperature:float=4.):

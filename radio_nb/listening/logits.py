@@ -37,7 +37,7 @@ def pld_losses(
     return (weights*(left - ranked)).sum(1)
 
 class RankedClasses(Listener):
-    "PLD as a listener."
+    "The order of the classes, the true one and then as the teacher ranks them (PLD, arXiv 2506.12542)."
     needs = ('logits', 'labels')
 
     def __init__(self, widths:dict[str, tuple[int, int]], classes:dict[str, int], temperature:float=1.):
@@ -76,7 +76,7 @@ def label_losses(
     return F.cross_entropy(at_least_float32(x), labels, ignore_index=-1, reduction='none')
 
 class BothWays(Listener):
-    "BD-KD as a listener: labels, and both directions."
+    "Labels, and divergences in both directions (after BD-KD, arXiv 2212.12965)."
     needs = ('logits', 'labels')
 
     def __init__(self, widths:dict[str, tuple[int, int]], classes:dict[str, int], more:float=2.):
@@ -88,14 +88,14 @@ class BothWays(Listener):
         return label_losses(student.logits, lesson.labels) + both
 
 class JensenShannon(Listener):
-    "SSLD's loss as a listener; no labels."
+    "A divergence that is the same in both directions (SSLD, arXiv 2103.05959)."
     needs = ('logits',)
 
     def losses(self, student, teacher, lesson): return jensen_shannon_losses(student.logits, teacher.logits)
 
 # %% ../../nbs/listening/01_logits.ipynb #10910017
 class MovingTarget(Listener):
-    "TAID: soft labels between the student's own and the teacher's, ever closer to the latter (arXiv 2501.16937)."
+    "Soft labels that begin near the student's own and end at the teacher's (TAID, arXiv 2501.16937)."
     needs = ('logits',)
 
     def __init__(self,
