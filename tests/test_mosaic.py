@@ -115,8 +115,9 @@ def test_images_meet_others_in_other_cells_and_the_same_for_a_seed(recipe):
             grids.append([found[name].spatial for name in names])
         assert torch.equal(grids[0][0], grids[1][0]) and not torch.equal(grids[0][0], grids[2][0])
         assert all(torch.equal(grids[0][1], other[1]) for other in grids)   # who sees each image alone
-    seen = {tuple(source.drawn(seed).teachers['u2netp'].features.canvas.order(5, seed).tolist()) for seed in range(20)}
-    assert len(seen) > 15
+    drawn = [source.drawn(seed).teachers['u2netp'].features for seed in range(20)]
+    assert len({tuple(one.canvas.order(5, one.seed).tolist()) for one in drawn}) > 15
+    assert [one.seed for one in drawn] == list(range(20))
     assert source.teachers['u2netp'].features.seed is None   # the source's own are not changed
 
 
@@ -140,7 +141,8 @@ def test_statistics_are_taken_on_mosaics(recipe, tmp_path):
     assert (own['u2netp.mean'] - alone['u2netp.mean']).norm() > .05*alone['u2netp.mean'].norm()
     assert torch.equal(own['efficientnet-lite0/-2.mean'], alone['efficientnet-lite0/-2.mean'])
     source, = sources_of(replace(recipe, sizes=(64,)))
-    by_hand = [source.in_turn(i).teacher_features(batch, CPU)['u2netp'].spatial
+    teachers = [dealt(source.teachers, i) for i in range(3)]   # other neighbours in each batch
+    by_hand = [source._replace(teachers=teachers[i]).teacher_features(batch, CPU)['u2netp'].spatial
                for i, batch in enumerate(source.batches(recipe, new_accelerator(CPU), 0, 3))]
     assert_close(own['u2netp.mean'], torch.cat(by_hand).double().mean((0, 1, 2)))
 
