@@ -19,6 +19,7 @@ class Voice(NamedTuple):
     spatial: Tensor                  # (B, H, W, D)
     logits: Tensor|None = None       # of classes, (B, K)
     layers: tuple[Tensor, ...] = ()  # grids of inner layers, (B, h, w, d) each
+    mask: Tensor|None = None         # which positions of a teacher's grid count, (B, H, W) bool; None where all do
 
 class Lesson(NamedTuple):
     "A batch as student and teachers see it."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['listed', 'pld_losses', 'RankedClasses', 'bidirectional_losses', 'jensen_shannon_losses', 'label_losses', 'BothWays',
-           'JensenShannon', 'MovingTarget', 'best_label_weight']
+           'JensenShannon', 'ofa_losses', 'TargetWithTruth', 'MovingTarget', 'best_label_weight']
 
 # %% ../../nbs/listening/01_logits.ipynb #10910003
 import torch
@@ -92,6 +92,30 @@ class JensenShannon(Listener):
     needs = ('logits',)
 
     def losses(self, student, teacher, lesson): return jensen_shannon_losses(student.logits, teacher.logits)
+
+# %% ../../nbs/listening/01_logits.ipynb #a30353b7
+def ofa_losses(
+    x:Tensor,          # the student's logits, (B, K)
+    y:Tensor,          # the teacher's, (B, K)
+    labels:Tensor,     # (B,) int64; -1 where one is not known, and the teacher speaks alone
+    gamma:float=1.5,
+)->Tensor:             # (B,)
+    "The cross-entropy with a teacher to whom the truth was told (OFA-KD, arXiv 2310.19444)."
+    p, q = at_least_float32(y).softmax(1), at_least_float32(x).log_softmax(1)
+    truth = torch.zeros_like(p).scatter_(1, labels.clamp(0)[:, None], 1.)*(labels >= 0)[:, None]
+    return -(((p + truth)**gamma - truth)*q).sum(1)
+
+class TargetWithTruth(Listener):
+    "Labels, and a teacher to whom the truth was told (OFA-KD's last branch, arXiv 2310.19444)."
+    needs = ('logits', 'labels')
+
+    def __init__(self, widths:dict[str, tuple[int, int]], classes:dict[str, int], gamma:float=1.5):
+        super().__init__(widths, classes)
+        self.gamma = gamma
+
+    def losses(self, student, teacher, lesson):
+        told = ofa_losses(student.logits, teacher.logits, lesson.labels, self.gamma)
+        return label_losses(student.logits, lesson.labels) + told
 
 # %% ../../nbs/listening/01_logits.ipynb #10910017
 class MovingTarget(Listener):

@@ -269,6 +269,7 @@ def new_lesson(
     trainer,                     # a `Trainer`, see below
     features:dict[str, Features],# of the teachers
     targets:dict[str, Features], # the same, normalized
+    masks:dict[str, Tensor],     # which positions of their grids count; of some or none
     labels:Tensor|None,          # of the batch
 )->Lesson|None:                  # without the student; None where there is nobody to listen
     "What the teachers have to say of a batch."
@@ -276,7 +277,7 @@ def new_lesson(
     with torch.no_grad():
         logits = {name: layer(features[name].summary.to(layer.weight.dtype))
                   for name, layer in trainer.classifiers.items() if name in features}
-    teachers = {name: Voice(*own, logits.get(name)) for name, own in targets.items()}
+    teachers = {name: Voice(*own, logits.get(name), mask=masks.get(name)) for name, own in targets.items()}
     labels = labels if labels is None else to_device(labels, trainer.device)
     return Lesson({}, teachers, labels, trainer.step/trainer.total)
 
@@ -307,7 +308,6 @@ def microbatch_loss(
         pixels = micro.source.pixels(micro.batch, trainer.device, places)
         features = micro.source.teacher_features(micro.batch, trainer.device, pixels)
         targets = normalize_targets(features, trainer.normalizers, trainer.step)
-        lesson = new_lesson(trainer, features, targets, micro.batch.labels)
     torch.manual_seed(micro.seed)
     with trainer.timer('student'), rng_shard(**micro.shard):
         draw_window(trainer.student, part.size)
@@ -316,6 +316,7 @@ def microbatch_loss(
         seen = targets if average is None else targets | {AVERAGE: Features(average[:, 0, 0], average)}
         masks, moves = grid_masks(micro.batch.masks, seen), {}
         if places: masks, moves = shared_positions(micro.source.shift, places, seen)
+        lesson = new_lesson(trainer, features, targets, masks, micro.batch.labels)
         loss, losses = trainer.state.model(pixels.at(part.size), targets, part, scale, masks, moves, average, lesson)
     step = trainer.distill_step
     return loss, log_terms(part, loss, losses, {'bits': step.bits(), 'mesa': step.apart}, trainer.recipe.accumulate)
