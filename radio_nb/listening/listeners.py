@@ -10,10 +10,13 @@ __all__ = ['LISTENERS', 'RAMPS', 'constant', 'rising', 'falling', 'warm_up', 'li
 import inspect
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ..targets.bad_input import BadInput, reason, unknown
-from .lesson import Lesson, Listener, SoftLabels
+from ..targets.features import Features
+from ..data.crops import to_device
+from .lesson import Lesson, Listener, SoftLabels, Voice
 from .logits import BothWays, JensenShannon, MovingTarget, RankedClasses, TargetWithTruth
 from .hints import AttentionMaps, MaskedGeneration, Relations
 
@@ -73,11 +76,27 @@ class Listening(nn.Module):
     def __init__(self,
         lines:tuple[Line, ...],            # those with weight 0 are left out
         widths:dict[str, tuple[int, int]], # of every teacher's summary and grid
-        classes:dict[str, int],            # how many each teacher knows, where it knows some
+        classifiers:dict[str, nn.Linear]|None=None, # from teachers' summaries to logits, where these are needed
     ):
         super().__init__()
-        self.lines = [line for line in lines if line.weight]
+        self.lines, self.classifiers = [line for line in lines if line.weight], dict(classifiers or {})
+        classes = {name: layer.out_features for name, layer in self.classifiers.items()}
         self.listeners = nn.ModuleList(new_listener(line, widths, classes) for line in self.lines)
+
+    @torch.no_grad()
+    def lesson(self,
+        features:dict[str, Features],  # of the teachers
+        targets:dict[str, Features],   # the same, their grids normalized
+        masks:dict[str, Tensor],       # of some of these grids, see `Voice`
+        labels:Tensor|None,            # see `Lesson`
+        progress:float,                # see `Lesson`
+    )->Lesson:                         # without the student
+        "What the teachers have to say of a batch."
+        logits = {name: layer(features[name].summary.to(layer.weight.dtype))
+                  for name, layer in self.classifiers.items() if name in features}
+        voices = {name: Voice(*own, logits.get(name), mask=masks.get(name)) for name, own in targets.items()}
+        if labels is not None: labels = to_device(labels, next(iter(targets.values())).spatial.device)
+        return Lesson({}, voices, labels, progress)
 
     def forward(self,
         lesson:Lesson,

@@ -147,14 +147,14 @@ def new_student(
         student.neck = TokenBottleneck(student.backbone.dim)
     return student
 
-def new_distill_step(recipe:Recipe, student:Student, out:Path)->DistillStep:
+def new_distill_step(recipe:Recipe, student:Student, out:Path, classifiers:dict[str, nn.Linear]|None=None)->DistillStep:
     "A student with its losses; what was measured of the teachers is read from the folder of the run."
     names = list(student.config['teachers'])
     loss = MultiTeacherLoss(recipe.method, *teacher_weights(recipe, names), recipe.balance, recipe.grid)
     cifd = load_cifd_loss(recipe, names, out)
     if recipe.checkpoint_activations: checkpoint_student(student)
     with own_seed(f'{recipe.seed} listeners'):
-        listening = Listening(recipe.listen, student.config['teachers'], student.config['classes'])
+        listening = Listening(recipe.listen, student.config['teachers'], classifiers)
     return DistillStep(student, loss, cifd, recipe.precision == 'bfloat16', recipe.mesa,
                        listening if listening.lines else None)
 
@@ -340,13 +340,13 @@ def start_stage(run:TrainingRun, plan:StagePlan):
     normalizers = load_normalizers(run.widths, out, plan.first)
     if run.trainer is None:
         if run.saved: go_on_from(run.student, run.saved, normalizers)
-        run.trainer = Trainer(new_distill_step(recipe, run.student, out), recipe, device, run.accelerator)
+        distill_step = new_distill_step(recipe, run.student, out, ready.classifiers)
+        run.trainer = Trainer(distill_step, recipe, device, run.accelerator)
         if run.state: run.trainer.load_state_dict(run.state['trainer'])
     before = load_normalizers(run.widths, out, plan.first - 1) if plan.first else {}
     if recipe.init: before = {name: identity(width) for name, (_, width) in run.widths.items()} | before
     run.trainer.start_stage(plan, sources, normalizers, before)
     run.trainer.loss.of_summaries = load_summary_losses(run.widths, out, plan.first)
-    run.trainer.classifiers = ready.classifiers
 
 # %% ../../nbs/training/08_train.ipynb #03c75692
 def watch_gradients(run:TrainingRun, batches:tuple[Batch, ...])->dict:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_width', 'normalize_targets', 'with_student', 'DistillStep', 'Microbatch', 'microbatches', 'log_terms',
-           'reduce_terms', 'teacher_terms', 'retarget', 'skip_broken', 'TrainState', 'new_lesson', 'draw_window',
-           'average_grid', 'microbatch_loss', 'first_averages', 'Trainer', 'teacher_gradient_norms']
+           'reduce_terms', 'teacher_terms', 'retarget', 'skip_broken', 'TrainState', 'draw_window', 'average_grid',
+           'microbatch_loss', 'first_averages', 'progress', 'after_step', 'Trainer', 'teacher_gradient_norms']
 
 # %% ../../nbs/training/07_trainer.ipynb #ed4a9115
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from ..losses.balancing import BETAS
 from ..losses.multi_teacher import MultiTeacherLoss
 from ..models.randomness import rng_shard
 from ..models.student import Student
-from ..data.crops import Batch, Pixels, to_device
+from ..data.crops import Batch, Pixels
 from ..agglomeration.damp import noisy_weights
 from ..agglomeration.mesa import AVERAGE, mesa_loss
 from ..agglomeration.shifts import moved, shared_positions
@@ -265,22 +265,6 @@ class TrainState:
         if self.ema: self.ema.module.load_state_dict(state['ema'])
 
 # %% ../../nbs/training/07_trainer.ipynb #bbd0231a
-def new_lesson(
-    trainer,                     # a `Trainer`, see below
-    features:dict[str, Features],# of the teachers
-    targets:dict[str, Features], # the same, normalized
-    masks:dict[str, Tensor],     # which positions of their grids count; of some or none
-    labels:Tensor|None,          # of the batch
-)->Lesson|None:                  # without the student; None where there is nobody to listen
-    "What the teachers have to say of a batch."
-    if not trainer.distill_step.listening: return None
-    with torch.no_grad():
-        logits = {name: layer(features[name].summary.to(layer.weight.dtype))
-                  for name, layer in trainer.classifiers.items() if name in features}
-    teachers = {name: Voice(*own, logits.get(name), mask=masks.get(name)) for name, own in targets.items()}
-    labels = labels if labels is None else to_device(labels, trainer.device)
-    return Lesson({}, teachers, labels, trainer.step/trainer.total)
-
 def draw_window(student:nn.Module, size:tuple[int, int]):
     "Draw the side of the attention windows for these images, where a student has some."
     backbone = getattr(student, 'backbone', None)
@@ -303,7 +287,7 @@ def microbatch_loss(
     active:dict[str, float|Tensor], # by teacher, 1 or 0 where it is left out
 )->tuple[Tensor, list]:       # the loss, and what it adds to the log, see `log_terms`
     "Teachers, student and losses of some images."
-    part, places = micro.source.part, micro.source.places(micro.seed)
+    part, places, listening = micro.source.part, micro.source.places(micro.seed), trainer.distill_step.listening
     with trainer.timer('teachers'):
         pixels = micro.source.pixels(micro.batch, trainer.device, places)
         features = micro.source.teacher_features(micro.batch, trainer.device, pixels)
@@ -316,7 +300,8 @@ def microbatch_loss(
         seen = targets if average is None else targets | {AVERAGE: Features(average[:, 0, 0], average)}
         masks, moves = grid_masks(micro.batch.masks, seen), {}
         if places: masks, moves = shared_positions(micro.source.shift, places, seen)
-        lesson = new_lesson(trainer, features, targets, masks, micro.batch.labels)
+        lesson = None if listening is None else listening.lesson(features, targets, masks, micro.batch.labels,
+                                                                 progress(trainer))
         loss, losses = trainer.state.model(pixels.at(part.size), targets, part, scale, masks, moves, average, lesson)
     step = trainer.distill_step
     return loss, log_terms(part, loss, losses, {'bits': step.bits(), 'mesa': step.apart}, trainer.recipe.accumulate)
@@ -330,6 +315,16 @@ def first_averages(trainer, micros:list[Microbatch]): # micros: all of a step th
     terms = [term for micro in micros for term in microbatch_loss(trainer, micro, everyone)[1]]
     trainer.loss.begin(teacher_terms(reduce_terms(trainer.accelerator, terms)))
 
+def progress(trainer)->float:
+    "Share of the run that is done."
+    return trainer.step/(sum(stage.steps for stage in trainer.recipe.stages) or trainer.recipe.steps)
+
+def after_step(trainer, losses:dict[str, dict[str, Tensor]]): # losses: scalars by teacher and kind
+    "Tell all who remember losses what they were: once for a step, of all microbatches, partitions and processes."
+    trainer.loss.update(losses)
+    trainer.last_losses = {name: sum(kinds.values()) for name, kinds in losses.items()}
+    if trainer.distill_step.listening: trainer.distill_step.listening.update(losses, progress(trainer))
+
 # %% ../../nbs/training/07_trainer.ipynb #ab611f29
 class Trainer:
     "A student that learns step by step, alone or in the processes of an accelerator."
@@ -338,8 +333,6 @@ class Trainer:
         self.student, self.loss, self.timer = distill_step.student, distill_step.loss, PhaseTimer(device)
         self.distill_step, self.state = distill_step, TrainState(distill_step.to(device), recipe, self.accelerator)
         self.step, self.last_losses = 0, {}   # how many are done, and every teacher's loss in the last one, a scalar
-        self.total = sum(stage.steps for stage in recipe.stages) or recipe.steps
-        self.classifiers = {}                 # from teachers' summaries to logits, where somebody listens to those
 
     def start_stage(self,
         plan:StagePlan,
@@ -377,11 +370,8 @@ class Trainer:
 
         values, lr = reduce_terms(accelerator, terms), learning_rate(self.step, self.plan, recipe)
         with self.timer('optimizer'): values['gradient',] = self.state.optimizer_step(lr, self.step)
-        losses = teacher_terms(values)
-        self.loss.update(losses)   # once for each step, of all microbatches, partitions and processes
-        self.last_losses = {name: sum(kinds.values()) for name, kinds in losses.items()}
         self.step += 1
-        if self.distill_step.listening: self.distill_step.listening.update(losses, self.step/self.total)
+        after_step(self, teacher_terms(values))
         return StepLog(self.step, list(values), torch.stack(list(values.values()))).add(self.timer.lap(), lr=lr)
 
     def state_dict(self)->dict: # only tensors, numbers and strings
