@@ -1,4 +1,4 @@
-"CONTRIBUTING.md adds a teacher, a loss, a normalizer, a measure and a chapter in a few lines each: run as they stand."
+"CONTRIBUTING.md adds a teacher, a loss, a normalizer, a measure, a chapter and a listener: run as they stand."
 import os
 import re
 import subprocess
@@ -12,8 +12,8 @@ TEXT = (ROOT/'CONTRIBUTING.md').read_text()
 BLOCKS = re.findall(r'```python\n(.*?)```', TEXT, re.DOTALL)
 
 
-def test_there_are_five_of_about_ten_lines():
-    assert len(BLOCKS) == 5 and max(sum(map(bool, block.split('\n'))) for block in BLOCKS) <= 10
+def test_there_are_six_of_about_ten_lines():
+    assert len(BLOCKS) == 6 and max(sum(map(bool, block.split('\n'))) for block in BLOCKS) <= 10
 
 
 def run(folder, *blocks):
@@ -24,7 +24,7 @@ def run(folder, *blocks):
 
 
 def test_a_teacher_and_a_measure(tmp_path):
-    teacher, _, _, measure, _ = BLOCKS
+    teacher, _, _, measure, *_ = BLOCKS
     run(tmp_path, teacher, measure)
     assert 'share of positive features' in (tmp_path/'runs'/'run-1'/'report.html').read_text()
 
@@ -33,6 +33,11 @@ def test_a_teacher_and_a_measure(tmp_path):
 def test_a_loss_and_a_normalizer(tmp_path, block, method):
     run(tmp_path, BLOCKS[block])
     assert f'method = "{method}"' in (tmp_path/'runs'/'run-1'/'recipe.toml').read_text()
+
+
+def test_a_listener(tmp_path):
+    run(tmp_path, BLOCKS[5])
+    assert '"lengths": ' in (tmp_path/'runs'/'run-1'/'metrics.jsonl').read_text()
 
 
 def test_a_chapter(tmp_path):

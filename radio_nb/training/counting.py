@@ -42,6 +42,7 @@ from ..models.teachers import Teacher, load_teacher
 from ..data.crops import Batch, Pixels
 from ..agglomeration.mosaic import mosaics_at
 from ..agglomeration.resolutions import teachers_at
+from ..agglomeration.spectral import reparametrize
 from .recipe import Recipe, teacher_names, teacher_weights
 from .stages import BatchPartition
 from .teacher_cache import teacher_features
@@ -171,6 +172,7 @@ def untrained_step(recipe:Recipe, widths:dict[str, tuple[int, int]])->DistillSte
     student = new_student(replace(recipe, student=untrained(recipe.student), stem=untrained(recipe.stem)), widths)
     loss = MultiTeacherLoss(recipe.method, *teacher_weights(recipe, list(widths)), recipe.balance, recipe.grid)
     with torch.device('cpu'): cifd = _blank_cifd(recipe, widths) if recipe.information else None
+    if recipe.spectral: reparametrize(student.backbone)
     if recipe.checkpoint_activations: checkpoint_student(student)
     return DistillStep(student, loss, cifd, recipe.precision == 'bfloat16', recipe.mesa)
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['AtLeast0', 'AtLeast1', 'NotNegative', 'Positive', 'Fraction', 'Share', 'Probability', 'Size', 'Precision', 'RECIPES',
-           'Interval', 'fits', 'wanted', 'check_values', 'Checked', 'Partition', 'Stage', 'Listen', 'Task', 'Learning',
-           'Recipe', 'recipe_toml', 'read_recipe', 'recipe_file', 'parse_recipe', 'difference', 'teacher_names',
-           'teacher_weights', 'teacher_precisions', 'check_rates', 'check_names']
+           'Interval', 'Among', 'fits', 'wanted', 'check_values', 'Checked', 'Partition', 'Stage', 'Listen', 'Task',
+           'Learning', 'Recipe', 'recipe_toml', 'read_recipe', 'recipe_file', 'parse_recipe', 'difference',
+           'teacher_names', 'teacher_weights', 'teacher_precisions', 'check_rates', 'check_names']
 
 # %% ../../nbs/training/00_recipe.ipynb #f96fc4cf
 import tomllib
@@ -39,6 +39,16 @@ class Interval(NamedTuple):
         if self.high == inf: return f'{"at least" if self.ends[0] == "[" else "greater than"} {self.low:g}'
         return f'in {self.ends[0]}{self.low:g}, {self.high:g}{self.ends[1]}'
 
+class Among(NamedTuple):
+    "The names in a table, to which a program may add."
+    table: dict
+
+    def contains(self, name:str)->bool:
+        "Whether the table has a name."
+        return name in self.table
+
+    def __str__(self): return f'among {", ".join(self.table)}'
+
 AtLeast0, AtLeast1 = Annotated[int, Interval(0)], Annotated[int, Interval(1)]
 NotNegative, Positive = Annotated[float, Interval(0)], Annotated[float, Interval(0, ends='()')]
 Fraction, Share = Annotated[float, Interval(0, 1)], Annotated[float, Interval(0, 1, '(]')]
@@ -70,13 +80,19 @@ def wanted(kind:Any)->str:
     if origin is tuple: return f'a list of {len(args)}, in which each is {wanted(args[0])}'
     return _words.get(kind) or f'a {kind.__name__}'
 
+def _names(kind):
+    "The names that a field may have, where it has names."
+    if get_origin(kind) is Literal: return list(get_args(kind))
+    among = get_args(kind)[1] if get_origin(kind) is Annotated else None
+    return list(among.table) if isinstance(among, Among) else []
+
 def check_values(cls:type, values:dict[str, Any]):
     "Raise `BadInput` for values of fields of `cls` that do not fit."
     kinds = {field.name: field.type for field in fields(cls)}
     for name, value in values.items():
         if name not in kinds: raise unknown(f'field of a {cls.__name__.lower()}', name, list(kinds))
         if fits(value, kinds[name]): continue
-        if get_origin(kinds[name]) is Literal: raise unknown(name, str(value), list(get_args(kinds[name])))
+        if names := _names(kinds[name]): raise unknown(name, str(value), names)
         raise BadInput(f'{name} is {str(value)[:60]!r}, but must be {wanted(kinds[name])}')
 
 class Checked:
@@ -137,11 +153,12 @@ class Learning(Task):
     sizes: tuple[AtLeast1, ...] = ()    # in place of `size`: sides, one drawn for each step (C-RADIOv4)
     flexible: tuple[str, ...] = ()      # teachers, by name, that see the size at which their grid is the student's
     mosaic: tuple[str, ...] = ()        # teachers, by name, that see several of the student's images on one canvas
-    method: Literal[tuple(METHODS)] = 'phi-s'  # how targets are normalized and compared (the ten of the PHI-S study)
+    method: Annotated[str, Among(METHODS)] = 'phi-s' # how targets are normalized and compared, see `methods`
     summary_loss: Literal['cosine', 'angle'] = 'cosine'  # angle: over each teacher's spread of directions (C-RADIOv4)
     balance: Literal['fixed', 'ada', 'uncertainty'] = 'fixed'  # how the teachers' losses are balanced
     mesa: NotNegative = 0.              # with ema: weight of agreeing with that average (MESA, C-RADIOv4)
     damp: NotNegative = 0.              # spread of factors on the student's weights, in each part of a batch (DAMP)
+    spectral: bool = False              # whether each of the student's matrices has its size as a number (AM-RADIO)
     shift: AtLeast0 = 0                 # steps of the grid by which windows of a crop lie off its middle (C-RADIOv4)
     grid: Literal['larger', 'student'] = 'larger'  # where grids meet: AM-RADIO's choice, or the PHI-S study's
     summary_weights: tuple[NotNegative, ...] = ()  # by teacher, 0 for one without a summary; 1 by default
@@ -150,7 +167,7 @@ class Learning(Task):
     head_blocks: AtLeast0 = 0           # residual blocks in each head; 0 for the two layers of AM-RADIO
     head_attention: AtLeast0 = 0        # transformer blocks in front of each teacher's heads (DUNE, C-RADIOv4)
     ladder: bool = False                # whether heads see every block of a transformer, not the last alone (UNIC)
-    windows: tuple[AtLeast1, ...] = ()  # sides of attention windows in patches, one drawn for each step; none: global
+    windows: tuple[AtLeast0, ...] = ()  # sides of attention windows in patches, one drawn for each step; 0: global
     steps: AtLeast1 = 1000              # of training, where there are no stages
     batch_size: AtLeast1 = 16           # images in each step, of all processes together
     accumulate: AtLeast1 = 1            # parts in which a process passes its images through the networks; saves memory

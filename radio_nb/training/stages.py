@@ -126,6 +126,9 @@ def check_recipe(recipe:Recipe)->tuple[StagePlan, ...]: # the stages, worked out
         raise BadInput('ladder: inner blocks would go round the bottleneck: add --bottleneck 0, or leave out --ladder')
     if recipe.shard and recipe.ema:
         raise BadInput('shard: an average of sharded weights is not kept; leave out --ema')
+    if recipe.spectral and (recipe.damp or recipe.shard):
+        raise BadInput(f'spectral: weights with a size of their own are not made noisy and not sharded; leave out '
+                       f'--{"damp" if recipe.damp else "shard"}')
     if recipe.shard and recipe.damp: raise BadInput('shard: weights in shards are not made noisy; leave out --damp')
     if recipe.shard and any(plan.measured for plan in plans[1:]):
         raise BadInput('shard: sharded heads cannot change their targets; '

@@ -42,6 +42,7 @@ from ..data.crops import Batch, batches_ahead, dead_workers_named, first_readabl
 from ..data.files import Progress, Stopped, atomic_write, read_json, stop_flag, write_json
 from ..data.labelled import open_labelled
 from ..agglomeration.resolutions import teachers_at
+from ..agglomeration.spectral import plain_weights, reparametrize
 from ..listening.listeners import Listening, needs_of
 from .recipe import Recipe, check_names, difference, recipe_toml, teacher_names, teacher_weights
 from .run_folder import CheckpointWriter, begun, check_folder, check_inputs, folder_lock
@@ -152,6 +153,7 @@ def new_distill_step(recipe:Recipe, student:Student, out:Path, classifiers:dict[
     names = list(student.config['teachers'])
     loss = MultiTeacherLoss(recipe.method, *teacher_weights(recipe, names), recipe.balance, recipe.grid)
     cifd = load_cifd_loss(recipe, names, out)
+    if recipe.spectral: reparametrize(student.backbone)
     if recipe.checkpoint_activations: checkpoint_student(student)
     with own_seed(f'{recipe.seed} listeners'):
         listening = Listening(recipe.listen, student.config['teachers'], classifiers)
@@ -176,7 +178,7 @@ def as_saved(
 )->Student:
     "A student in the form in which it is saved."
     student = new_student(recipe, widths, classes)
-    student.load_state_dict(weights)
+    student.load_state_dict(plain_weights(weights))
     everyone = {name: identity(width) for name, (_, width) in widths.items()} | normalizers
     return fold_heads(remove_neck(student), everyone)
 

@@ -28,6 +28,7 @@ from ..data.crops import Batch, Pixels
 from ..agglomeration.damp import noisy_weights
 from ..agglomeration.mesa import AVERAGE, mesa_loss
 from ..agglomeration.shifts import moved, shared_positions
+from ..agglomeration.spectral import iterate
 from ..listening.lesson import Lesson, Voice
 from ..listening.listeners import Listening
 from .recipe import Recipe
@@ -247,6 +248,7 @@ class TrainState:
         norm = getattr(norm, 'full_tensor', lambda: norm)()
         skip_broken(self.optimizer, self.distill_step, ~norm.isfinite())
         self.optimizer.step()
+        if self.recipe.spectral: iterate(self.distill_step.student)
         if self.ema: self.ema.update(self.distill_step.student, step=step)
         return norm
 
