@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BETA', 'SPATIAL_LOSSES', 'GRIDS', 'cosine_distance', 'at_least_float32', 'summary_loss', 'mean_square', 'smooth_l1',
-           'hybrid', 'same_grid', 'spatial_loss', 'soft_label_losses']
+           'dampened', 'hybrid', 'same_grid', 'spatial_loss', 'soft_label_losses']
 
 # %% ../../nbs/losses/00_losses.ipynb #81c1038c
 from collections.abc import Callable
@@ -64,6 +64,14 @@ def smooth_l1(
     "Half the squared error up to an error of 1 and |error| - 1/2 from there; averaged over channels."
     return F.smooth_l1_loss(x, y, reduction='none').mean(-1)
 
+def dampened(
+    x:Tensor,  # the student's vectors, (..., D)
+    y:Tensor,  # the teacher's, (..., D)
+)->Tensor:     # (...)
+    "Half the squared error up to an error of 1 and 2 √|error| - 3/2 from there; averaged over channels (NVIDIA TAO)."
+    error = (x - y).abs()
+    return torch.where(error < 1, error.square()/2, 2*error.clamp(min=1).sqrt() - 1.5).mean(-1)
+
 # %% ../../nbs/losses/00_losses.ipynb #50b92ad3
 BETA = .9  # the weight of the cosine in both hybrids (AM-RADIO, the loss of the spatial features)
 
@@ -74,7 +82,7 @@ def hybrid(
     return lambda x, y: BETA*cosine_distance(x, y) + (1 - BETA)*distance(x, y)
 
 SPATIAL_LOSSES = {'mse': mean_square, 'cosine': cosine_distance,
-                  'hyb-mse': hybrid(mean_square), 'hyb-sml1': hybrid(smooth_l1)}
+                  'hyb-mse': hybrid(mean_square), 'hyb-sml1': hybrid(smooth_l1), 'dampened': dampened}
 
 # %% ../../nbs/losses/00_losses.ipynb #948528aa
 GRIDS = ('larger', 'student')
