@@ -135,7 +135,7 @@ def test_a_name_that_would_steer_the_terminal_is_shown_and_not_obeyed(refused, t
     ('teacher-dropout', 1.1), ('steps', 0),
     ('statistics-steps', 0), ('accumulate', 0), ('workers', -1), ('views', -1), ('seed', -1), ('seed', 2**40),
     ('batch-size', 0), ('checkpoint-every', 0), ('watch-every', -1), ('information', 0), ('kd-dropout', 1),
-    ('bottleneck', -1), ('head-width', -8), ('windows', 0), ('balance-lr', 0)])
+    ('bottleneck', -1), ('head-width', -8), ('windows', -1), ('balance-lr', 0)])
 def test_values_that_make_no_sense_are_refused_in_one_line(refused, tmp_path, flag, value):
     "From flags, from a file and from Python."
     name = flag.replace('-', '_')

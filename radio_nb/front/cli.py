@@ -26,6 +26,7 @@ import tyro
 
 import radio_nb
 from ..targets.bad_input import BadInput, one_line
+from ..losses.methods import METHODS
 from ..models.specs import TEACHERS, check_spec, parse_spec
 from ..data.files import Progress, Stopped, atomic_write, signals_interrupt, stop_flag
 from ..training.recipe import AtLeast0, AtLeast1, NotNegative, Recipe, check_names, check_values, read_recipe
@@ -69,6 +70,8 @@ def expand(
 @dataclass(frozen=True)
 class Flags(Recipe):
     "All that decides a run."
+    method: Literal[tuple(METHODS)] = 'phi-s'  # how targets are normalized and compared: the ten of the PHI-S study, …
+
     def __post_init__(self): pass   # checked later: tyro would put the message into a frame
 
 @dataclass(frozen=True)

@@ -39,9 +39,9 @@ class Interval(NamedTuple):
         if self.high == inf: return f'{"at least" if self.ends[0] == "[" else "greater than"} {self.low:g}'
         return f'in {self.ends[0]}{self.low:g}, {self.high:g}{self.ends[1]}'
 
-class Among(NamedTuple):
+class Among:
     "The names in a table, to which a program may add."
-    table: dict
+    def __init__(self, table:dict): self.table = table
 
     def contains(self, name:str)->bool:
         "Whether the table has a name."
