@@ -6,15 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import ClassLabel
 from test_together import labelled_parquet
 from torch.testing import assert_close
 
+import radio_nb
 from radio_nb.data.labelled import open_labelled
-from radio_nb.listening.listeners import LISTENERS
+from radio_nb.listening.lesson import Lesson, Voice
+from radio_nb.listening.listeners import LISTENERS, Listening
 from radio_nb.models.student import Student
 from radio_nb.models.teachers import classifier_of
 from radio_nb.targets.bad_input import BadInput
 from radio_nb.training.recipe import Listen, Recipe, parse_recipe, recipe_toml
+from radio_nb.training.run_folder import load_checkpoint
 from radio_nb.training.stages import check_recipe
 from radio_nb.training.train import Inputs, prepare, run_recipe
 
@@ -77,14 +81,38 @@ def test_it_learns_the_teacher_s_logits(recipe, tmp_path):
     assert np.mean(found[-6:]) < .7*np.mean(found[:6])
 
 
+def test_what_a_listener_learns_is_learned_whatever_the_balance(recipe, tmp_path):
+    own = replace(recipe, teachers=('zoo:u2netp#64',), listen=(Listen('mgd'),), balance='uncertainty')
+    first, last = (run_recipe(replace(own, steps=steps, out=str(tmp_path/f'{steps}'))) for steps in (1, 3))
+    one, three = (load_checkpoint(run/'checkpoints')['trainer']['weights'] for run in (first, last))
+    moved = [key for key in one if key.startswith('listening.') and not torch.equal(one[key], three[key])]
+    assert moved and len(moved) == sum(key.startswith('listening.') for key in one)
+
+
+def test_losses_of_listeners_are_those_of_float32_also_under_autocast():
+    torch.manual_seed(0)
+    x, y = (Voice(torch.randn(2, 8), torch.randn(2, 4, 4, 64), name='a') for _ in range(2))
+    listening = Listening((Listen('relations'), Listen('attention')), {'a': (8, 64)})
+    def loss(): return listening(Lesson({'a': x}, {'a': y}), {'a': 1.})[0]
+    with torch.autocast('cpu', torch.bfloat16): half = loss()
+    assert torch.equal(half, loss())
+
+
 def test_labels_travel_with_their_images(recipe):
     images, names = open_labelled(recipe.images)
-    assert names == ['odd', 'even'] and images['label'][:] == [i % 2 for i in range(12)]
+    assert len(names) == 1000 and images['label'][:] == [i % 2 for i in range(12)]
     ready = prepare(replace(recipe, hold_out=4))
     assert len(ready.train) == 8 and ready.train.column_names == ['image', 'label']
     whole = {bytes(row['image']['bytes']): row['label'] for row in images}
     assert all(whole[row['image']['bytes']] == row['label'] for row in ready.train)
     assert 'label' not in prepare(replace(recipe, listen=(Listen('kd'),))).train.column_names
+
+
+def test_labels_of_a_data_set_that_is_handed_over_are_kept(recipe, tmp_path):
+    images = open_labelled(recipe.images)[0]
+    one = replace(recipe, steps=1, out=str(tmp_path/'run'))
+    run = radio_nb.distill(one, images=images.select(range(6)), live=False)
+    assert 'pld' in run.metrics[0]['teachers'][LITE0]
 
 
 def test_a_recipe_with_listeners_is_written_and_read(recipe):
@@ -104,8 +132,12 @@ def test_what_cannot_be_listened_to_is_refused(recipe):
     check_recipe(replace(recipe, images='zoo:photos', listen=(Listen('pld', 0.), Listen('kd'))))
     with pytest.raises(BadInput, match='needs logits, and no teacher whose summary counts'):
         prepare(replace(recipe, summary_weights=(0., 1.)))
+    images = open_labelled(recipe.images)[0]
+    two = images.cast_column('label', ClassLabel(names=['odd', 'even']))
+    with pytest.raises(BadInput, match=f'number the classes of teacher {LITE0}: it names 1000, and the images have 2'):
+        prepare(recipe, inputs=Inputs(images=two))
     with pytest.raises(BadInput, match='needs labels, and the images that were handed over have no column'):
-        prepare(recipe, inputs=Inputs(images=open_labelled(recipe.images)[0].remove_columns('label')))
+        prepare(recipe, inputs=Inputs(images=images.remove_columns('label')))
 
 
 def test_a_classifier_is_the_teacher_s_own():

@@ -85,7 +85,7 @@ def open_labelled(
 )->tuple[Dataset, list[str]]: # columns `image`, undecoded, and `label`; and the names of the classes
     "Open images with their classes for training. Raises `BadInput` where there are none."
     images, labels, names = labelled_images(source)
-    return images.add_column('label', labels.numpy()), names
+    return images.add_column('label', labels.numpy()).cast_column('label', ClassLabel(names=names)), names
 
 # %% ../../nbs/data/05_labelled.ipynb #6cda4a25
 def in_order(

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
-from datasets import Dataset, Features as Columns, Image as ImageColumn, IterableDataset
+from datasets import ClassLabel, Dataset, Features as Columns, Image as ImageColumn, IterableDataset
 from PIL import Image
 from torch import Tensor, nn
 
@@ -109,11 +109,17 @@ def _as_picture(image):
         image = (image*255).round().astype(np.uint8)
     return Image.fromarray(image)
 
+def _with_labels(found, images):
+    "The same images, with classes where the data set has them in a column `label`."
+    kind = (images.features or {}).get('label')
+    if not isinstance(kind, ClassLabel) or isinstance(images, IterableDataset): return found
+    return found.add_column('label', images['label'][:]).cast_column('label', kind)
+
 def as_dataset(
     images:Dataset|IterableDataset|Sequence, # a column of images; pictures, arrays (H, W, 3), tensors (3, H, W), paths
 )->Dataset|IterableDataset:                  # one column `image`, undecoded
     "Images of any kind as `open_images` gives them. Raises `BadInput`."
-    if isinstance(images, (Dataset, IterableDataset)): return only_images(images, 'the data set')
+    if isinstance(images, (Dataset, IterableDataset)): return _with_labels(only_images(images, 'the data set'), images)
     pictures = [_as_picture(image) for image in images]
     if not pictures: raise BadInput('images: the sequence is empty')
     columns = Columns({'image': ImageColumn()})

@@ -53,7 +53,8 @@ def relations(
     "How likely each position of a grid is to be taken for another one."
     x = grid.flatten(1, 2)
     alike = x @ x.mT/x.shape[-1]**.5
-    return alike.masked_fill(~mask.flatten(1)[:, None], -1e9).log_softmax(-1)
+    others = mask.flatten(1)[:, None] & ~torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+    return alike.masked_fill(~others, -1e9).log_softmax(-1)
 
 class Relations(Listener):
     "Which positions of a grid are alike (G2SD's form, arXiv 2302.14771, on the grid itself)."
@@ -76,15 +77,13 @@ class MaskedGeneration(Listener):
         def generator(width):
             conv = [nn.Conv2d(width, width, 3, padding=1) for _ in range(2)]
             return nn.Sequential(conv[0], nn.ReLU(), conv[1])
-        self.generators = nn.ModuleDict({self.key(width): generator(width) for _, width in widths.values()})
-
-    def key(self, width:int)->str:
-        "Teachers whose grids have the same width share a generator."
-        return str(width)
+        self.names = list(widths)
+        self.generators = nn.ModuleList(generator(width) for _, width in widths.values())
 
     def losses(self, student, teacher, lesson):
         x, y, mask = meet(student, teacher)
-        filled = self.generators[self.key(x.shape[-1])](self.with_holes(x).movedim(-1, 1)).movedim(1, -1)
+        generator = self.generators[self.names.index(teacher.name)]
+        filled = generator(self.with_holes(x).movedim(-1, 1)).movedim(1, -1)
         errors = (filled - y).square().mean(-1)*mask
         return errors.sum((1, 2))/mask.sum((1, 2)).clamp(1)
 

@@ -18,18 +18,18 @@ class Voice(NamedTuple):
     summary: Tensor                  # (B, C)
     spatial: Tensor                  # (B, H, W, D)
     logits: Tensor|None = None       # of classes, (B, K)
-    layers: tuple[Tensor, ...] = ()  # grids of inner layers, (B, h, w, d) each
     mask: Tensor|None = None         # which positions of a teacher's grid count, (B, H, W) bool; None where all do
+    name: str = ''                   # of a teacher
 
 class Lesson(NamedTuple):
     "A batch as student and teachers see it."
     student: dict[str, Voice]    # by teacher
     teachers: dict[str, Voice]   # by name, without a gradient
-    labels: Tensor|None = None   # classes, (B,) int64, -1 where one is not known; None where nobody needs them
+    labels: Tensor|None = None   # numbers of the teachers' classes, (B,) int64, -1: not known; None where not needed
     progress: float = 0.         # share of the run that is done, from 0 to below 1
 
 # %% ../../nbs/listening/00_lesson.ipynb #15e00012
-NEEDS = ('logits', 'layers', 'labels', 'a second teacher')   # what a listener may need beside summaries and grids
+NEEDS = ('logits', 'labels', 'a second teacher')   # what a listener may need beside summaries and grids
 
 class Listener(nn.Module):
     "A way to listen to a teacher. A subclass says what it needs, and gives a loss for each image."
@@ -50,7 +50,7 @@ class Listener(nn.Module):
         lesson:Lesson,
         routes:dict[str, Tensor]|None=None, # by teacher, a weight for every image, (B,); 1 without it
     )->dict[str, Tensor]:                   # a scalar by teacher
-        "The losses of the teachers that have what is needed."
+        "The losses of all teachers, or of those that have logits where these are needed."
         terms = {}
         for name, teacher in lesson.teachers.items():
             if 'logits' in self.needs and teacher.logits is None: continue

@@ -17,13 +17,13 @@ from ..targets.bad_input import BadInput, reason, unknown
 from ..targets.features import Features
 from ..data.crops import to_device
 from .lesson import Lesson, Listener, SoftLabels, Voice
-from .logits import BothWays, JensenShannon, MovingTarget, RankedClasses, TargetWithTruth
+from .logits import BothWays, JensenShannon, Labels, MovingTarget, RankedClasses, TargetWithTruth
 from .hints import AttentionMaps, MaskedGeneration, Relations
 
 # %% ../../nbs/listening/03_listeners.ipynb #115e0006
 LISTENERS: dict[str, type[Listener]] = {
-    'kd': SoftLabels, 'ofa': TargetWithTruth, 'pld': RankedClasses, 'bd-kd': BothWays, 'ssld': JensenShannon,
-    'taid': MovingTarget, 'attention': AttentionMaps, 'relations': Relations, 'mgd': MaskedGeneration}
+    'kd': SoftLabels, 'labels': Labels, 'ofa': TargetWithTruth, 'pld': RankedClasses, 'bd-kd': BothWays,
+    'ssld': JensenShannon, 'taid': MovingTarget, 'attention': AttentionMaps, 'relations': Relations, 'mgd': MaskedGeneration}
 
 def constant(progress:float)->float: # progress: share of the run that is done
     "All of a weight from the beginning."
@@ -94,7 +94,7 @@ class Listening(nn.Module):
         "What the teachers have to say of a batch."
         logits = {name: layer(features[name].summary.to(layer.weight.dtype))
                   for name, layer in self.classifiers.items() if name in features}
-        voices = {name: Voice(*own, logits.get(name), mask=masks.get(name)) for name, own in targets.items()}
+        voices = {name: Voice(*own, logits.get(name), masks.get(name), name) for name, own in targets.items()}
         if labels is not None: labels = to_device(labels, next(iter(targets.values())).spatial.device)
         return Lesson({}, voices, labels, progress)
 
@@ -104,11 +104,13 @@ class Listening(nn.Module):
     )->tuple[Tensor, dict[str, dict[str, Tensor]]]: # the loss; and for a log, by teacher and listener
         "What all listeners add to the loss."
         total, terms = 0., {name: {} for name in lesson.teachers}
-        for line, listener in zip(self.lines, self.listeners):
-            weight = line.weight*RAMPS[line.ramp](lesson.progress)
-            for teacher, loss in listener(lesson).items():
-                total = total + scale[teacher]*weight*loss
-                terms[teacher][line.name] = loss.detach()
+        device = next(iter(lesson.teachers.values())).spatial.device
+        with torch.autocast(device.type, enabled=False):   # losses are computed in float32
+            for line, listener in zip(self.lines, self.listeners):
+                weight = line.weight*RAMPS[line.ramp](lesson.progress)
+                for teacher, loss in listener(lesson).items():
+                    total = total + scale[teacher]*weight*loss
+                    terms[teacher][line.name] = loss.detach()
         return total, terms
 
     def update(self,

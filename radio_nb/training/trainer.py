@@ -227,6 +227,7 @@ class TrainState:
             spared = step.student.no_weight_decay()
             model = timm.optim.param_groups_weight_decay(step.student, recipe.weight_decay, spared)
             model.append({'params': learned, 'weight_decay': 0., 'lr_scale': scale, 'betas': BETAS})
+            if step.listening: model += timm.optim.param_groups_weight_decay(step.listening, recipe.weight_decay)
         fused = {'fused': True} if recipe.optimizer == 'adamw' else {}   # timm's others are not
         settings = recipe.optimizer, recipe.lr, recipe.weight_decay
         self.optimizer = timm.optim.create_optimizer_v2(model, *settings, **fused)
@@ -323,9 +324,12 @@ def progress(trainer)->float:
 
 def after_step(trainer, losses:dict[str, dict[str, Tensor]]): # losses: scalars by teacher and kind
     "Tell all who remember losses what they were: once for a step, of all microbatches, partitions and processes."
+    listening = trainer.distill_step.listening
+    others = {line.name for line in listening.lines} if listening else ()   # they have weights of their own
     trainer.loss.update(losses)
-    trainer.last_losses = {name: sum(kinds.values()) for name, kinds in losses.items()}
-    if trainer.distill_step.listening: trainer.distill_step.listening.update(losses, progress(trainer))
+    trainer.last_losses = {name: sum(loss for kind, loss in kinds.items() if kind not in others)
+                           for name, kinds in losses.items()}
+    if listening: listening.update(losses, progress(trainer))
 
 # %% ../../nbs/training/07_trainer.ipynb #ab611f29
 class Trainer:
