@@ -23,7 +23,8 @@ from .hints import AttentionMaps, MaskedGeneration, Relations
 # %% ../../nbs/listening/03_listeners.ipynb #115e0006
 LISTENERS: dict[str, type[Listener]] = {
     'kd': SoftLabels, 'labels': Labels, 'ofa': TargetWithTruth, 'pld': RankedClasses, 'bd-kd': BothWays,
-    'ssld': JensenShannon, 'taid': MovingTarget, 'attention': AttentionMaps, 'relations': Relations, 'mgd': MaskedGeneration}
+    'ssld': JensenShannon, 'taid': MovingTarget, 'attention': AttentionMaps, 'relations': Relations,
+    'mgd': MaskedGeneration}
 
 def constant(progress:float)->float: # progress: share of the run that is done
     "All of a weight from the beginning."

@@ -163,7 +163,7 @@ def best_label_weight(
     from_teacher:Tensor,   # of one that learned from the teacher alone
     labels:Tensor,         # what should come out, as numbers (one-hot vectors, say), of the same shape
 )->tuple[float, float]:    # the weight of the labels, clipped to [0, 1]; and before that
-    "The weight of labels beside a teacher that is best on held-out images, if outputs mix as losses do. Raises `BadInput`."
+    "The weight of labels beside a teacher that is best on images held out, if outputs mix as losses do (ours)."
     step, missing = (from_labels - from_teacher).double().flatten(), (labels - from_teacher).double().flatten()
     if not step.any(): raise BadInput('both students give the same: no weight of the labels is better than another')
     alpha = (step @ missing/(step @ step)).item()
