@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_width', 'normalize_targets', 'with_student', 'DistillStep', 'Microbatch', 'microbatches', 'log_terms',
-           'reduce_terms', 'teacher_terms', 'retarget', 'skip_broken', 'TrainState', 'progress', 'after_step',
-           'draw_window', 'average_grid', 'microbatch_loss', 'first_averages', 'Trainer', 'teacher_gradient_norms']
+           'reduce_terms', 'teacher_terms', 'retarget', 'skip_broken', 'TrainState', 'draw_window', 'average_grid',
+           'microbatch_loss', 'first_averages', 'progress', 'after_step', 'Trainer', 'teacher_gradient_norms']
 
 # %% ../../nbs/training/07_trainer.ipynb #ed4a9115
 from typing import NamedTuple
@@ -267,20 +267,6 @@ class TrainState:
         load_full_state_dict(self.distill_step, self.optimizer, state['weights'] | frozen, state['optimizer'])
         if self.ema: self.ema.module.load_state_dict(state['ema'])
 
-# %% ../../nbs/training/07_trainer.ipynb #db4db118
-def progress(trainer)->float:
-    "Share of the run that is done."
-    return trainer.step/(sum(stage.steps for stage in trainer.recipe.stages) or trainer.recipe.steps)
-
-def after_step(trainer, losses:dict[str, dict[str, Tensor]]): # losses: scalars by teacher and kind
-    "Tell all who remember losses what they were: once for a step, of all microbatches, partitions and processes."
-    listening = trainer.distill_step.listening
-    others = {line.name for line in listening.lines} if listening else ()   # they have weights of their own
-    trainer.loss.update(losses)
-    trainer.last_losses = {name: sum(loss for kind, loss in kinds.items() if kind not in others)
-                           for name, kinds in losses.items()}
-    if listening: listening.update(losses, progress(trainer))
-
 # %% ../../nbs/training/07_trainer.ipynb #bbd0231a
 def draw_window(student:nn.Module, size:tuple[int, int]):
     "Draw the side of the attention windows for these images, where a student has some."
@@ -331,6 +317,20 @@ def first_averages(trainer, micros:list[Microbatch]): # micros: all of a step th
     everyone = dict.fromkeys(trainer.normalizers, 1.)
     terms = [term for micro in micros for term in microbatch_loss(trainer, micro, everyone)[1]]
     trainer.loss.begin(teacher_terms(reduce_terms(trainer.accelerator, terms)))
+
+# %% ../../nbs/training/07_trainer.ipynb #db4db118
+def progress(trainer)->float:
+    "Share of the run that is done."
+    return trainer.step/(sum(stage.steps for stage in trainer.recipe.stages) or trainer.recipe.steps)
+
+def after_step(trainer, losses:dict[str, dict[str, Tensor]]): # losses: scalars by teacher and kind
+    "Tell all who remember losses what they were: once for a step, of all microbatches, partitions and processes."
+    listening = trainer.distill_step.listening
+    others = {line.name for line in listening.lines} if listening else ()   # they have weights of their own
+    trainer.loss.update(losses)
+    trainer.last_losses = {name: sum(loss for kind, loss in kinds.items() if kind not in others)
+                           for name, kinds in losses.items()}
+    if listening: listening.update(losses, progress(trainer))
 
 # %% ../../nbs/training/07_trainer.ipynb #ab611f29
 class Trainer:
