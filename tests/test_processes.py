@@ -25,7 +25,7 @@ from radio_nb.training.run_folder import load_checkpoint
 STEPS = 12
 # so many statistics that the covariance has full rank: the principal directions of no variance are anyone's choice
 PLAIN = Recipe(images='', teachers=('zoo:u2netp#64',), out='', depth=2, size=64, head_width=32, steps=STEPS,
-               batch_size=8, statistics_steps=12, checkpoint_every=6, device='cpu')
+               batch_size=8, statistics_steps=30, checkpoint_every=6, device='cpu')
 TWO = ('zoo:u2netp#64', 'zoo:u2netp#96')
 MIXED = (Partition(.5, 64), Partition(.5, (64, 32), TWO[1:]))
 CASES = {'plain': {}, 'streamed': {'images': 'stream'},
@@ -184,7 +184,7 @@ def launch(n, *args):
 
 
 def test_two_processes_stop_together_and_go_on_as_one(tmp_path):
-    flags = [*SMALL, '--statistics-steps', '12', '--steps', str(STEPS), '--checkpoint-every', '6', '--device', 'cpu',
+    flags = [*SMALL, '--statistics-steps', '40', '--steps', str(STEPS), '--checkpoint-every', '6', '--device', 'cpu',
              '--depth', '2']
     process = launch(2, 'distill', *flags, '--out', tmp_path/'run')
     wait_for(tmp_path/'run'/'metrics.jsonl')

@@ -80,6 +80,8 @@ class Projector(nn.Sequential):
 # %% ../../nbs/models/09_student.ipynb #b9184027
 class Rungs(nn.ModuleList):
     "What heads make of the layers of a backbone before their last linear layers, (..., n) each, one after the other."
+    def __init__(self, rungs:list[nn.Module]): super().__init__(rungs)   # one for each layer
+
     def forward(self, layers:list[Tensor])->Tensor:
         return torch.cat([rung(layer) for rung, layer in zip(self, layers, strict=True)], -1)
 
@@ -92,13 +94,13 @@ class LadderHead(LinearLast):
         blocks:int=0, # residual blocks of the last head
         below:int=0,  # how many layers there are below
     ):
-        narrow, rungs = max(1, hidden//4), Rungs()
+        narrow, rungs = max(1, hidden//4), []
         for _ in range(below):
             *inner, _last = Head(n_in, narrow, n_out)
             rungs.append(nn.Sequential(nn.LayerNorm(n_in), *inner))
         *top, _last = Head(n_in, hidden, n_out, blocks)
         rungs.append(nn.Sequential(*top))
-        super().__init__(rungs, nn.Linear(below*narrow + hidden, n_out))
+        super().__init__(Rungs(rungs), nn.Linear(below*narrow + hidden, n_out))
 
 # %% ../../nbs/models/09_student.ipynb #70f78b00
 LAYOUTS = {'NHWC': 'rows and columns, vectors last', 'NLC': 'positions in one row', 'NCHW': 'vectors first, as maps'}
