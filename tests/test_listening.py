@@ -2,6 +2,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch.testing import assert_close
 
 import radio_nb
 from radio_nb.data.labelled import open_labelled
-from radio_nb.listening.lesson import Lesson, Voice
+from radio_nb.listening.lesson import Lesson, Listener, Voice
 from radio_nb.listening.listeners import LISTENERS, Listening
 from radio_nb.models.student import Student
 from radio_nb.models.teachers import classifier_of
@@ -20,7 +21,7 @@ from radio_nb.targets.bad_input import BadInput
 from radio_nb.training.recipe import Listen, Recipe, parse_recipe, recipe_toml
 from radio_nb.training.run_folder import load_checkpoint
 from radio_nb.training.stages import check_recipe
-from radio_nb.training.train import Inputs, prepare, run_recipe
+from radio_nb.training.train import Inputs, check_sizes, prepare, run_recipe
 
 LITE0 = 'efficientnet-lite0'
 OF_LOGITS = [name for name, listener in LISTENERS.items() if 'logits' in listener.needs]
@@ -138,6 +139,18 @@ def test_what_cannot_be_listened_to_is_refused(recipe):
         prepare(recipe, inputs=Inputs(images=two))
     with pytest.raises(BadInput, match='needs labels, and the images that were handed over have no column'):
         prepare(recipe, inputs=Inputs(images=images.remove_columns('label')))
+
+
+def test_who_compares_images_wants_the_batch_whole(recipe, monkeypatch):
+    class Comparing(Listener): compares_images = True
+    monkeypatch.setitem(LISTENERS, 'comparing', Comparing)
+    own = replace(recipe, listen=(Listen('comparing'),))
+    assert check_recipe(own)
+    with pytest.raises(BadInput, match='listener comparing compares the images of a batch, .* leave out --accumulate'):
+        check_recipe(replace(own, accumulate=2))
+    student = SimpleNamespace(backbone=SimpleNamespace(patch=16))
+    check_sizes(own, (), student, 1)
+    with pytest.raises(BadInput, match='which 2 processes would divide: start one'): check_sizes(own, (), student, 2)
 
 
 def test_a_classifier_is_the_teacher_s_own():
