@@ -46,16 +46,12 @@ class Listener(nn.Module):
         "The loss of every image, from one teacher and what the student says to it."
         raise NotImplementedError
 
-    def forward(self,
-        lesson:Lesson,
-        routes:dict[str, Tensor]|None=None, # by teacher, a weight for every image, (B,); 1 without it
-    )->dict[str, Tensor]:                   # a scalar by teacher
+    def forward(self, lesson:Lesson)->dict[str, Tensor]: # a scalar by teacher
         "The losses of all teachers, or of those that have logits where these are needed."
         terms = {}
         for name, teacher in lesson.teachers.items():
             if 'logits' in self.needs and teacher.logits is None: continue
-            losses = self.losses(lesson.student[name], teacher, lesson)
-            terms[name] = (losses if routes is None else routes[name]*losses).mean()
+            terms[name] = self.losses(lesson.student[name], teacher, lesson).mean()
         return terms
 
     def update(self, loss:Tensor, progress:float): # loss: of the whole step, a scalar; progress: see `Lesson`
