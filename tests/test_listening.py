@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from children import differences_by_division, same_after_a_break
 from datasets import ClassLabel
 from test_together import labelled_parquet
 from torch.testing import assert_close
@@ -24,7 +25,9 @@ from radio_nb.training.stages import check_recipe
 from radio_nb.training.train import Inputs, check_sizes, prepare, run_recipe
 
 LITE0 = 'efficientnet-lite0'
-OF_LOGITS = [name for name, listener in LISTENERS.items() if 'logits' in listener.needs]
+OF_LOGITS = [name for name, listener in LISTENERS.items()
+             if 'logits' in listener.needs and 'a second teacher' not in listener.needs]
+OF_COMMITTEES = [name for name, listener in LISTENERS.items() if 'a second teacher' in listener.needs]
 
 
 @pytest.fixture(scope='module')
@@ -139,6 +142,36 @@ def test_what_cannot_be_listened_to_is_refused(recipe):
         prepare(recipe, inputs=Inputs(images=two))
     with pytest.raises(BadInput, match='needs labels, and the images that were handed over have no column'):
         prepare(recipe, inputs=Inputs(images=images.remove_columns('label')))
+
+
+@pytest.fixture(scope='module')
+def of_two(recipe):
+    "A committee of the two classifiers, and a third teacher that names nothing."
+    return replace(recipe, teachers=(*recipe.teachers, 'zoo:efficientnet-lite2#64'), out=f'{recipe.out}-of-two',
+                   listen=tuple(Listen(name, .1) for name in OF_COMMITTEES))
+
+
+def test_a_committee_is_heard_by_each_of_its_heads_and_goes_on_after_a_break(of_two, tmp_path):
+    out = run_recipe(of_two)
+    for line in lines(out):
+        heard = {name: own.keys() - {'summary', 'spatial'} for name, own in line['teachers'].items()}
+        assert heard == {LITE0: set(OF_COMMITTEES), 'efficientnet-lite2': set(OF_COMMITTEES), 'u2netp': set()}
+    assert same_after_a_break(of_two, out, tmp_path/'run')
+
+
+def test_a_committee_that_does_not_compare_images_can_be_divided(of_two, tmp_path):
+    own = tuple(line for line in of_two.listen if not LISTENERS[line.name].compares_images)
+    assert len(own) == 4 and max(differences_by_division(replace(of_two, listen=own), tmp_path)) < 1e-5
+
+
+def test_a_committee_of_one_is_refused(recipe, tmp_path):
+    with pytest.raises(BadInput, match=f'needs two teachers that name the same classes, and here is: {LITE0} 1000'):
+        run_recipe(replace(recipe, listen=(Listen('committee'),), out=str(tmp_path/'run')))
+    with pytest.raises(BadInput, match='listener mst needs a second teacher'):
+        check_recipe(replace(recipe, teachers=recipe.teachers[:1], listen=(Listen('mst'),)))
+    with pytest.raises(BadInput, match="unknown teacher that names classes 'owl'"):
+        run_recipe(replace(recipe, teachers=(f'zoo:{LITE0}#64', 'zoo:efficientnet-lite2#64'), out=str(tmp_path/'two'),
+                           listen=(Listen('weighted', options={'weights': {'owl': 1.}}),)))
 
 
 def test_who_compares_images_wants_the_batch_whole(recipe, monkeypatch):
