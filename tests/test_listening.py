@@ -93,6 +93,32 @@ def test_what_a_listener_learns_is_learned_whatever_the_balance(recipe, tmp_path
     assert moved and len(moved) == sum(key.startswith('listening.') for key in one)
 
 
+def test_a_listener_whose_own_gradient_is_not_finite_ends_the_run(recipe, monkeypatch, tmp_path):
+    class Rooted(Listener):
+        "Its loss is 0, and the gradient of its own weight is not a number."
+        def __init__(self, widths, classes):
+            super().__init__(widths, classes)
+            self.root = torch.nn.Parameter(torch.zeros(()))
+        def losses(self, student, teacher, lesson): return 0*student.summary.sum(1) + 0*self.root.sqrt()
+    monkeypatch.setitem(LISTENERS, 'rooted', Rooted)
+    own = replace(recipe, listen=(Listen('rooted'),), out=str(tmp_path/'run'))
+    with pytest.raises(BadInput, match='step 0: the norm of the gradient is nan'): run_recipe(own)
+
+
+def test_a_listener_s_gradient_is_clipped(recipe, monkeypatch, tmp_path):
+    "With a gradient of a million beside a clip of 1, AdamW's second moment stays below 1."
+    class Steep(Listener):
+        def __init__(self, widths, classes):
+            super().__init__(widths, classes)
+            self.height = torch.nn.Parameter(torch.zeros(()))
+        def losses(self, student, teacher, lesson): return 0*student.summary.sum(1) + 1e6*self.height
+    monkeypatch.setitem(LISTENERS, 'steep', Steep)
+    out = run_recipe(replace(recipe, listen=(Listen('steep'),), steps=1, out=str(tmp_path/'run')))
+    moments = load_checkpoint(out/'checkpoints')['trainer']['optimizer']['state']
+    height, = (state['exp_avg_sq'] for state in moments.values() if state['exp_avg_sq'].ndim == 0)
+    assert 0 < height < 1e-2
+
+
 def test_losses_of_listeners_are_those_of_float32_also_under_autocast():
     torch.manual_seed(0)
     x, y = (Voice(torch.randn(2, 8), torch.randn(2, 4, 4, 64), name='a') for _ in range(2))

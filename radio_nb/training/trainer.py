@@ -242,11 +242,17 @@ class TrainState:
             heads = dict(zip(student.config['teachers'], student.spatial_heads))
             for name in old.keys() & new.keys(): retarget(heads[name][-1], old[name], new[name])
 
+    def clip(self, part:nn.Module)->Tensor: # the norm of its gradient before, a scalar
+        "Shorten the gradient of a part to the recipe's norm."
+        norm = nn.utils.clip_grad_norm_(part.parameters(), self.recipe.clip)
+        return getattr(norm, 'full_tensor', lambda: norm)()
+
     def optimizer_step(self, lr:float, step:int)->Tensor: # the norm of the gradient before it was clipped, a scalar
         "Move the weights against the gradient; one that is not finite does not reach them."
         for group in self.optimizer.param_groups: group['lr'] = lr*group.get('lr_scale', 1)
-        norm = nn.utils.clip_grad_norm_(self.distill_step.student.parameters(), self.recipe.clip)
-        norm = getattr(norm, 'full_tensor', lambda: norm)()
+        norm, *others = (self.clip(part) for part in (self.distill_step.student, self.distill_step.listening)
+                         if part is not None)
+        for other in others: norm = torch.where(other.isfinite(), norm, other)   # listeners have weights of their own
         skip_broken(self.optimizer, self.distill_step, ~norm.isfinite())
         self.optimizer.step()
         if self.recipe.spectral: iterate(self.distill_step.student)
