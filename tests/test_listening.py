@@ -27,7 +27,8 @@ from radio_nb.training.train import Inputs, check_sizes, prepare, run_recipe
 LITE0 = 'efficientnet-lite0'
 OF_LOGITS = [name for name, listener in LISTENERS.items()
              if 'logits' in listener.needs and 'a second teacher' not in listener.needs]
-OF_COMMITTEES = [name for name, listener in LISTENERS.items() if 'a second teacher' in listener.needs]
+OF_COMMITTEES = [name for name, listener in LISTENERS.items()
+                 if 'a second teacher' in listener.needs or listener.compares_images]
 
 
 @pytest.fixture(scope='module')

@@ -262,7 +262,8 @@ def test_masks_keep_their_numbers_and_images_their_place(tmp_path):
     images, masks = batches[0]
     assert images.shape == (2, 3, 64, 96) and masks.shape == (2, 64, 96)   # 48 lies halfway
     assert masks.dtype == torch.uint8
-    assert_close(images.max(), torch.tensor(1.)) and set(masks[0].unique().tolist()) == {0, 4}
+    assert_close(images.max(), torch.tensor(1.))
+    assert set(masks[0].unique().tolist()) == {0, 4}
     assert ((images[0, 0] > .5) == (masks[0] == 4)).float().mean() > .98
     assert next(segmentation_images(file, 32))[0].shape == (3, 3, 32, 32)
 

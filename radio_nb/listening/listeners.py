@@ -18,15 +18,15 @@ from ..targets.features import Features
 from ..data.crops import to_device
 from .lesson import Lesson, Listener, SoftLabels, Voice
 from .logits import BothWays, JensenShannon, Labels, MovingTarget, RankedClasses, TargetWithTruth
-from .hints import AttentionMaps, MaskedGeneration, Relations
+from .hints import AttentionMaps, DirectionAndNorm, MaskedGeneration, Relations
 from .committee import Committee, Gated, Rightest, Surest, Weighted
 
 # %% ../../nbs/listening/04_listeners.ipynb #115e0006
 LISTENERS: dict[str, type[Listener]] = {
     'kd': SoftLabels, 'labels': Labels, 'ofa': TargetWithTruth, 'pld': RankedClasses, 'bd-kd': BothWays,
     'ssld': JensenShannon, 'taid': MovingTarget, 'attention': AttentionMaps, 'relations': Relations,
-    'mgd': MaskedGeneration, 'committee': Committee, 'surest': Surest, 'rightest': Rightest, 'mst': Gated,
-    'weighted': Weighted}
+    'mgd': MaskedGeneration, 'nd': DirectionAndNorm, 'committee': Committee, 'surest': Surest, 'rightest': Rightest,
+    'mst': Gated, 'weighted': Weighted}
 
 def constant(progress:float)->float: # progress: share of the run that is done
     "All of a weight from the beginning."
