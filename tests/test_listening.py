@@ -1,4 +1,5 @@
 "Ways to listen to a teacher, in whole runs, with labels, and refused."
+import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -144,6 +145,10 @@ def test_labels_of_a_data_set_that_is_handed_over_are_kept(recipe, tmp_path):
     one = replace(recipe, steps=1, out=str(tmp_path/'run'))
     run = radio_nb.distill(one, images=images.select(range(6)), live=False)
     assert 'pld' in run.metrics[0]['teachers'][LITE0]
+
+
+@pytest.mark.parametrize('name', LISTENERS)
+def test_a_listener_is_short(name): assert len(inspect.getsource(LISTENERS[name]).splitlines()) <= 40
 
 
 def test_a_recipe_with_listeners_is_written_and_read(recipe):

@@ -250,9 +250,10 @@ class TrainState:
     def optimizer_step(self, lr:float, step:int)->Tensor: # the norm of the gradient before it was clipped, a scalar
         "Move the weights against the gradient; one that is not finite does not reach them."
         for group in self.optimizer.param_groups: group['lr'] = lr*group.get('lr_scale', 1)
-        norm, *others = (self.clip(part) for part in (self.distill_step.student, self.distill_step.listening)
-                         if part is not None)
-        for other in others: norm = torch.where(other.isfinite(), norm, other)   # listeners have weights of their own
+        norm, listening = self.clip(self.distill_step.student), self.distill_step.listening
+        if listening and any(True for _ in listening.parameters()):   # they have a norm of their own
+            own = self.clip(listening)
+            norm = torch.where(own.isfinite(), norm, own)
         skip_broken(self.optimizer, self.distill_step, ~norm.isfinite())
         self.optimizer.step()
         if self.recipe.spectral: iterate(self.distill_step.student)
