@@ -79,17 +79,19 @@ class Gated(Committee):
         temperature:float=4.,
     ):
         super().__init__(widths, classes, temperature)
-        counts = list(classes.values())
-        self.k, self.counts = k, sorted({count for count in counts if counts.count(count) > 1})
         if k < 1: raise BadInput(f'option k of a committee is {k}, but must be 1 or more')
+        names = {K: [name for name, count in classes.items() if count == K] for K in classes.values()}
+        self.k, self.names = k, {K: alike for K, alike in names.items() if len(alike) > 1}
         def gate(K, T): return nn.Sequential(nn.Linear(T*K, 2*K), nn.ReLU(), nn.Linear(2*K, T))
-        self.gates = nn.ModuleList(gate(K, counts.count(K)) for K in self.counts)
+        self.gates = nn.ModuleDict({f'{K}': gate(K, len(alike)) for K, alike in self.names.items()})
 
     def opinions(self, voices:list[Voice])->Tensor: # logarithms of shares, (B, T)
         "What the gate thinks of the teachers, before a choice."
-        row = torch.cat([at_least_float32(voice.logits) for voice in voices], 1)
-        gate = self.gates[self.counts.index(voices[0].logits.shape[1])]
-        return gate(F.layer_norm(row, row.shape[1:])).log_softmax(1)
+        said, nothing = {voice.name: voice.logits for voice in voices}, torch.zeros_like(voices[0].logits)
+        names, gate = self.names[nothing.shape[1]], self.gates[f'{nothing.shape[1]}']
+        row = torch.cat([said.get(name, nothing) for name in names], 1).to(gate[0].weight.dtype)
+        present = [names.index(name) for name in said]   # a step may leave some out
+        return gate(F.layer_norm(row, row.shape[1:]))[:, present].log_softmax(1)
 
     def shares(self, voices, lesson):
         chosen = self.opinions(voices).topk(min(self.k, len(voices))).indices
