@@ -21,9 +21,11 @@ def relation_distance(
 )->float:     # from 0 to the root of 2
     "How differently two networks see what is alike (after DisWOT, arXiv 2303.15678). Raises `BadInput`."
     def alike(x):
-        x = x.double() - x.double().mean(0)
-        products = x @ x.T
-        if not products.any(): raise BadInput('all images have the same features: take more than one image')
+        x = x.double()
+        centred = x - x.mean(0)
+        if not centred.norm() > 1e-12*x.norm():
+            raise BadInput('all images have the same features: take other images, and more than one')
+        products = centred @ centred.T
         return products/products.norm()
     return (alike(x) - alike(y)).norm().item()
 
@@ -41,7 +43,7 @@ class Skipped:
 
 @torch.no_grad()
 def skip_costs(
-    output:Callable[[], Tensor], # of the network, for images that stay the same
+    output:Callable[[], Tensor], # of a network in evaluation mode, for images that stay the same
     blocks:list[nn.Module],      # whose outputs have the shape of their inputs
 )->list[float]:                  # for each block
     "The mean squared error of the output when one block is skipped (LAPTOP-Diff's criterion, arXiv 2404.11098)."
@@ -53,7 +55,7 @@ def skip_costs(
 # %% ../../nbs/listening/07_choosing.ipynb #c050015
 def channels_to_keep(
     groups:list[list[Tensor]], # the scales of the BatchNorms of each group, (C,) each
-    share:float,               # of each group's channels that should go
+    share:float,               # of each group's channels that should go; every layer keeps one
 )->list[list[Tensor]]:         # (C,) bool each
     "Channels with large scales, the same share of each group of layers (after arXiv 2306.01526). Raises `BadInput`."
     if not 0 <= share < 1:
@@ -61,6 +63,9 @@ def channels_to_keep(
     kept = []
     for group in groups:
         sizes = torch.cat(group).abs()
-        least = sizes.sort().values[int(share*len(sizes))]
-        kept.append([scales.abs() >= least for scales in group])
+        stays = torch.ones_like(sizes, dtype=torch.bool)
+        stays[sizes.argsort(stable=True)[:round(share*len(sizes))]] = False
+        kept.append(list(stays.split([len(scales) for scales in group])))
+        for scales, layer in zip(group, kept[-1]):
+            if not layer.any(): layer[scales.abs().argmax()] = True   # a layer without channels ends the network
     return kept

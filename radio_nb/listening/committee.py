@@ -6,7 +6,7 @@
 __all__ = ['members', 'Committee', 'Surest', 'Rightest', 'Gated', 'task_similarity', 'similarity_shares', 'Weighted']
 
 # %% ../../nbs/listening/04_committee.ipynb #c0b0003
-from math import log
+from math import inf, log
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ class Committee(Listener):
 
     def shares(self, voices:list[Voice], lesson:Lesson)->Tensor: # (B, T), each row adds up to 1
         "How much each of T teachers counts for each image."
-        return voices[0].logits.new_full((len(voices[0].logits), len(voices)), 1/len(voices))
+        return torch.full((len(voices[0].logits), len(voices)), 1/len(voices), device=voices[0].logits.device)
 
     def losses(self, student, teacher, lesson):
         voices = members(teacher, lesson)
@@ -56,7 +56,7 @@ class Surest(Committee):
 
     def shares(self, voices, lesson):
         best = torch.stack([self.confidence(voice, lesson) for voice in voices], 1).argmax(1)
-        return F.one_hot(best, len(voices)).to(voices[0].logits.dtype)
+        return F.one_hot(best, len(voices)).float()
 
 class Rightest(Surest):
     "For each image the teacher that is surest of the true class, or of some class (KL+DP, arXiv 2310.17653)."
@@ -79,9 +79,9 @@ class Gated(Committee):
         temperature:float=4.,
     ):
         super().__init__(widths, classes, temperature)
-        if k < 1: raise BadInput(f'option k of a committee is {k}, but must be 1 or more')
-        names = {K: [name for name, count in classes.items() if count == K] for K in classes.values()}
-        self.k, self.names = k, {K: alike for K, alike in names.items() if len(alike) > 1}
+        if k < 1 or k != int(k): raise BadInput(f'option k of listener mst is {k}, but must be a whole number above 0')
+        self.names = {K: [name for name, count in classes.items() if count == K] for K in classes.values()}
+        self.k = int(k)
         def gate(K, T): return nn.Sequential(nn.Linear(T*K, 2*K), nn.ReLU(), nn.Linear(2*K, T))
         self.gates = nn.ModuleDict({f'{K}': gate(K, len(alike)) for K, alike in self.names.items()})
 
@@ -119,34 +119,38 @@ def task_similarity(
     apart = labels[first] != labels[second]
     if not apart.any() or apart.all():
         raise BadInput('the similarity to a task needs two images of one class, and one of another')
-    distances = 1 - torch.corrcoef(features.double())[first, second]
-    return torch.corrcoef(torch.stack([distances, apart.double()]))[0, 1].item()
+    distances = 1 - torch.corrcoef(features.double().cpu())[first.cpu(), second.cpu()]
+    if not distances.isfinite().all():
+        raise BadInput('the similarity to a task needs features of two channels or more that vary within each image')
+    return torch.corrcoef(torch.stack([distances, apart.double().cpu()]))[0, 1].item()
 
 def similarity_shares(
     similarities:dict[str, float], # by teacher, see `task_similarity`
     power:float=1.,                # 0 for equal shares; the larger, the more for the most similar
 )->dict[str, float]:               # they add up to 1
     "How much each teacher should count, by its similarity. Raises `BadInput` where none is similar."
-    weights = {name: max(value, 0.)**power for name, value in similarities.items()}
-    total = sum(weights.values())
-    if not total: raise BadInput('no teacher is similar to the task: all would have the share 0')
-    return {name: weight/total for name, weight in weights.items()}
+    largest = max(similarities.values())
+    if not largest > 0: raise BadInput('no teacher is similar to the task: all would have the share 0')
+    weights = {name: max(value/largest, 0.)**power for name, value in similarities.items()}
+    return {name: weight/sum(weights.values()) for name, weight in weights.items()}
 
 class Weighted(Committee):
-    "Fixed shares, in the order of the teachers that name the same classes (after DistillWeighted, arXiv 2304.12314)."
+    "Fixed shares of the teachers that name the same classes, by name (after DistillWeighted, arXiv 2304.12314)."
     def __init__(self,
         widths:dict[str, tuple[int, int]], # see `Listener`
         classes:dict[str, int],
-        weights:dict[str, float]|None=None,# by teacher, see `similarity_shares`; one that is not named has 0
+        weights:dict[str, float]|None=None,# by teacher, see `similarity_shares`; 0 for others; None: equal
         temperature:float=1.,
     ):
         super().__init__(widths, classes, temperature)
         self.by_name = {name: 1. for name in classes} if weights is None else weights
         for name in self.by_name.keys() - classes.keys():
             raise unknown('teacher that names classes', name, list(classes))
-        if min(self.by_name.values()) < 0 or not any(self.by_name.values()):
-            raise BadInput(f'weights of a committee are {weights}, but none may be negative, and one must be above 0')
+        if not any(self.by_name.values()) or not all(0 <= weight < inf for weight in self.by_name.values()):
+            raise BadInput(f'weights of listener weighted are {weights}: none may be negative, and one must be above 0')
 
     def shares(self, voices, lesson):
-        weights = voices[0].logits.new_tensor([self.by_name.get(voice.name, 0.) for voice in voices])
-        return (weights/weights.sum().clamp(1e-12)).expand(len(voices[0].logits), -1)
+        weights = [self.by_name.get(voice.name, 0.) for voice in voices]
+        if not any(weights): weights = [1.]*len(voices)   # nobody with a share is in this step, or names these classes
+        row = torch.tensor(weights, device=voices[0].logits.device)/sum(weights)
+        return row.expand(len(voices[0].logits), -1)

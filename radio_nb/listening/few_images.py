@@ -24,11 +24,12 @@ def k_centres(
 )->Tensor:           # their rows, (k,) int64, the one nearest to the mean first
     "Images that lie far apart: each the farthest from all before it. Raises `BadInput`."
     if not 1 <= k <= len(features): raise BadInput(f'{k} of {len(features)} images cannot be chosen')
-    chosen = [int((features - features.mean(0)).norm(dim=1).argmin())]
-    left = (features - features[chosen[0]]).norm(dim=1)
+    x = at_least_float32(features)
+    chosen, left = [int((x - x.mean(0)).norm(dim=1).argmin())], torch.full((len(x),), torch.inf, device=x.device)
     while len(chosen) < k:
+        left = left.minimum((x - x[chosen[-1]]).norm(dim=1))
+        left[chosen[-1]] = -1   # also where others are the same as one that was taken
         chosen.append(int(left.argmax()))
-        left = left.minimum((features - features[chosen[-1]]).norm(dim=1))
     return torch.tensor(chosen)
 
 # %% ../../nbs/listening/06_few_images.ipynb #fe10009
@@ -44,12 +45,12 @@ def characteristic_distance(
     x:Tensor,           # vectors of the one set, (n, C); the paper's have length 1
     y:Tensor,           # of the other, (m, C)
     frequencies:Tensor, # (N, C)
-    size:float=.5,      # how much it counts that values are of one size; the rest, that they point in one direction
+    size:float=.5,      # how much magnitudes count; the rest, phases
 )->Tensor:              # a scalar
     "How far two sets of vectors are apart in distribution (NCFM, arXiv 2502.20653)."
     a, b = characteristic(x, frequencies), characteristic(y, frequencies)
-    sizes, aligned = (a.abs() - b.abs()).square(), a.abs()*b.abs() - (a*b.conj()).real
-    return 300*(size*sizes + 2*(1 - size)*aligned).clamp(min=1e-12).sqrt().mean()
+    magnitudes, all_of_it = (a.abs() - b.abs()).square(), (a - b).abs().square()   # phases: what is left, halved
+    return 300*((1 - size)*all_of_it + (2*size - 1)*magnitudes).clamp(min=1e-12).sqrt().mean()
 
 # %% ../../nbs/listening/06_few_images.ipynb #fe10012
 def learned_images(
@@ -60,12 +61,11 @@ def learned_images(
     ends:tuple[float, float]=(0., 1.), # what values are kept in
 )->Tensor:
     "Images that are changed so that a loss falls."
-    images = start.clone().requires_grad_()
+    images = start.detach().clone().requires_grad_()
     optimizer = torch.optim.Adam([images], lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
-        optimizer.zero_grad()
-        images.grad, = torch.autograd.grad(loss(images), images)
+        images.grad, = torch.autograd.grad(loss(images), images)   # and no gradient of a network's weights
         optimizer.step()
         schedule.step()
         with torch.no_grad(): images.clamp_(*ends)
@@ -90,11 +90,14 @@ def attention_matching(
 )->Tensor:                  # a scalar
     "How far apart classes are in where a network looks (DataDAM, arXiv 2310.00093)."
     classes, apart = int(max(labels.max(), learned_labels.max())) + 1, 0.
+    both = (F.one_hot(of, classes).any(0) for of in (labels, learned_labels))
+    shared = torch.logical_and(*both)   # a class without images has no mean
     def everywhere(grid): return torch.ones(grid.shape[:3], dtype=torch.bool, device=grid.device)
     for x, y in zip(real, learned):
         if x.ndim == 4: x, y = (attention_map(grid, everywhere(grid), 1.) for grid in (x, y))
+        x, y = at_least_float32(x), at_least_float32(y)
         means = class_means(x, labels, classes) - class_means(y, learned_labels, classes)
-        apart = apart + (1. if x.ndim == 3 else weight)*means.square().sum()
+        apart = apart + (1. if x.ndim == 3 else weight)*means[shared].square().sum()
     return 100*apart
 
 # %% ../../nbs/listening/06_few_images.ipynb #fe10020
@@ -102,7 +105,7 @@ def ridge_prediction(
     x:Tensor,             # features of images, (n, C)
     few:Tensor,           # of the few to learn from, (m, C)
     said:Tensor,          # what the teacher says of these, (m, D)
-    penalty:float=1e-6,   # as a share of the mean square of a feature vector
+    penalty:float=1e-6,   # as a share of the mean squared length of a feature vector
 )->Tensor:                # in float64, (n, D)
     "What kernel ridge regression learns from a few images (after KRR-ST, arXiv 2310.06511)."
     x, few, said = x.double(), few.double(), said.double()

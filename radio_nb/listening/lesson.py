@@ -29,7 +29,7 @@ class Lesson(NamedTuple):
     progress: float = 0.         # share of the run that is done, from 0 to below 1
 
 # %% ../../nbs/listening/00_lesson.ipynb #15e00012
-NEEDS = ('logits', 'labels', 'a second teacher')   # what a listener may need beside summaries and grids
+NEEDS = ('summary', 'logits', 'labels', 'a second teacher')   # what a listener may need beside grids
 
 class Listener(nn.Module):
     "A way to listen to a teacher. A subclass says what it needs, and gives a loss for each image."
@@ -47,10 +47,11 @@ class Listener(nn.Module):
         raise NotImplementedError
 
     def forward(self, lesson:Lesson)->dict[str, Tensor]: # a scalar by teacher
-        "The losses of all teachers, or of those that have logits where these are needed."
+        "The losses of all teachers that have what is needed: logits, or a summary that counts."
         terms = {}
         for name, teacher in lesson.teachers.items():
             if 'logits' in self.needs and teacher.logits is None: continue
+            if 'summary' in self.needs and not lesson.student[name].summary.shape[1]: continue
             terms[name] = self.losses(lesson.student[name], teacher, lesson).mean()
         return terms
 
