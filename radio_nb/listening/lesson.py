@@ -20,6 +20,7 @@ class Voice(NamedTuple):
     logits: Tensor|None = None       # of classes, (B, K)
     mask: Tensor|None = None         # which positions of a teacher's grid count, (B, H, W) bool; None where all do
     name: str = ''                   # of a teacher
+    from_labels: Tensor|None = None  # a student's logits by a head that learns from labels alone, (B, K)
 
 class Lesson(NamedTuple):
     "A batch as student and teachers see it."
@@ -29,7 +30,7 @@ class Lesson(NamedTuple):
     progress: float = 0.         # share of the run that is done, from 0 to below 1
 
 # %% ../../nbs/listening/00_lesson.ipynb #15e00012
-NEEDS = ('summary', 'logits', 'labels', 'a second teacher')   # what a listener may need beside grids
+NEEDS = 'summary', 'logits', 'labels', 'a second teacher', 'a head for labels'   # what a listener may, beside grids
 
 class Listener(nn.Module):
     "A way to listen to a teacher. A subclass says what it needs, and gives a loss for each image."

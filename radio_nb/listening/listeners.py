@@ -18,7 +18,8 @@ from ..targets.bad_input import BadInput, reason, unknown
 from ..targets.features import Features
 from ..data.crops import to_device
 from .lesson import Lesson, Listener, SoftLabels, Voice
-from .logits import BothWays, JensenShannon, Labels, MovingTarget, RankedClasses, TargetWithTruth
+from .logits import (BothWays, JensenShannon, Labels, MovingTarget, RankedClasses, TargetWithTruth,
+                                        TwoHeads)
 from .hints import AttentionMaps, MaskedGeneration, Relations
 from .summaries import DirectionAndNorm, Information
 from .committee import Committee, Gated, Rightest, Surest, Weighted
@@ -26,7 +27,7 @@ from .committee import Committee, Gated, Rightest, Surest, Weighted
 # %% ../../nbs/listening/05_listeners.ipynb #115e0006
 LISTENERS: dict[str, type[Listener]] = {
     'kd': SoftLabels, 'labels': Labels, 'ofa': TargetWithTruth, 'pld': RankedClasses, 'bd-kd': BothWays,
-    'ssld': JensenShannon, 'taid': MovingTarget, 'attention': AttentionMaps, 'relations': Relations,
+    'ssld': JensenShannon, 'taid': MovingTarget, 'dho': TwoHeads, 'attention': AttentionMaps, 'relations': Relations,
     'mgd': MaskedGeneration, 'nd': DirectionAndNorm, 'infonce': Information, 'committee': Committee, 'surest': Surest,
     'rightest': Rightest, 'mst': Gated, 'weighted': Weighted}
 

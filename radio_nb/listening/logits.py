@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['listed', 'pld_losses', 'RankedClasses', 'bidirectional_losses', 'jensen_shannon_losses', 'label_losses', 'Labels',
-           'BothWays', 'JensenShannon', 'ofa_losses', 'TargetWithTruth', 'MovingTarget', 'best_label_weight']
+           'BothWays', 'JensenShannon', 'ofa_losses', 'TargetWithTruth', 'MovingTarget', 'best_label_weight',
+           'TwoHeads', 'two_head_answer']
 
 # %% ../../nbs/listening/01_logits.ipynb #10910003
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..targets.bad_input import BadInput
-from ..losses.losses import at_least_float32
+from ..losses.losses import at_least_float32, soft_label_losses
 from .lesson import Listener
 
 # %% ../../nbs/listening/01_logits.ipynb #10910008
@@ -168,3 +169,25 @@ def best_label_weight(
     if not step.any(): raise BadInput('both students give the same: no weight of the labels is better than another')
     alpha = (step @ missing/(step @ step)).item()
     return min(max(alpha, 0.), 1.), alpha
+
+# %% ../../nbs/listening/01_logits.ipynb #10910027
+class TwoHeads(Listener):
+    "A head that learns from labels, and one that learns from the teacher (DHO, arXiv 2505.07675)."
+    needs = ('logits', 'labels', 'a head for labels')
+
+    def __init__(self, widths:dict[str, tuple[int, int]], classes:dict[str, int], temperature:float=2.):
+        super().__init__(widths, classes)
+        self.temperature = temperature
+
+    def losses(self, student, teacher, lesson):
+        told = label_losses(student.from_labels, lesson.labels)
+        return told + soft_label_losses(student.logits, teacher.logits, self.temperature)
+
+def two_head_answer(
+    from_labels:Tensor,   # logits of the one head, (B, K)
+    from_teacher:Tensor,  # of the other, (B, K)
+    alpha:float=.5,       # how much the head for labels counts
+    beta:float=.5,        # temperature of the other
+)->Tensor:                # probabilities, (B, K)
+    "What a student with two heads says of an image (DHO, arXiv 2505.07675)."
+    return alpha*from_labels.softmax(1) + (1 - alpha)*(from_teacher/beta).softmax(1)

@@ -32,7 +32,8 @@ from torch import nn
 from ..targets.bad_input import BadInput
 from ..targets.normalizers import Normalizer
 from ..losses.multi_teacher import MultiTeacherLoss
-from ..models.student import Student, check_microbatch, checkpoint_student, fold_heads, remove_neck
+from ..models.student import (FROM_LABELS, Student, check_microbatch, checkpoint_student, fold_heads,
+                                     remove_neck)
 from ..models.specs import parse_spec
 from ..models.randomness import own_seed
 from ..models.teachers import Teacher, classifier_of, load_teacher, read_weights
@@ -295,6 +296,8 @@ class TrainingRun:
         self.main, self.total = accelerator.is_main_process, plan[-1].last
         self.widths = {name: teacher.widths() for name, teacher in ready.teachers.items()}
         self.classes = ready.classes()
+        if 'a head for labels' in needs_of(recipe.listen):
+            self.classes |= {name + FROM_LABELS: count for name, count in self.classes.items()}
         # normalized grids until the run ends; then the saved one
         self.student = new_student(recipe, self.widths, self.classes)
         check_sizes(recipe, plan, self.student, accelerator.num_processes)

@@ -23,7 +23,7 @@ from ..targets.normalizers import Normalizer, multiply
 from ..losses.balancing import BETAS
 from ..losses.multi_teacher import MultiTeacherLoss
 from ..models.randomness import rng_shard
-from ..models.student import Student
+from ..models.student import FROM_LABELS, Student
 from ..data.crops import Batch, Pixels
 from ..agglomeration.damp import noisy_weights
 from ..agglomeration.mesa import AVERAGE, mesa_loss
@@ -59,7 +59,8 @@ def normalize_targets(
 def with_student(lesson:Lesson, student:nn.Module, outputs:dict[str, Features])->Lesson:
     "A lesson of teachers, with what the student says to each of them."
     logits = student.logits(outputs)
-    return lesson._replace(student={name: Voice(*outputs[name], logits.get(name)) for name in lesson.teachers})
+    def voice(name): return Voice(*outputs[name], logits.get(name), from_labels=logits.get(name + FROM_LABELS))
+    return lesson._replace(student={name: voice(name) for name in lesson.teachers})
 
 # %% ../../nbs/training/07_trainer.ipynb #ce3c6b62
 class DistillStep(nn.Module):
