@@ -17,7 +17,7 @@ import radio_nb
 from radio_nb.data.labelled import open_labelled
 from radio_nb.listening.lesson import Lesson, Listener, Voice
 from radio_nb.listening.listeners import LISTENERS, Listening
-from radio_nb.models.student import Student
+from radio_nb.models.student import FROM_LABELS, Student
 from radio_nb.models.teachers import classifier_of
 from radio_nb.targets.bad_input import BadInput
 from radio_nb.training.recipe import Listen, Recipe, parse_recipe, recipe_toml
@@ -74,9 +74,16 @@ def test_the_saved_student_names_classes(out):
     student = Student.from_pretrained(out)
     images = torch.rand(2, 3, 64, 64)
     features = student(images)
-    logits, = student.logits(features).values()
-    assert logits.shape == (2, 1000) and student.config['classes'] == {LITE0: 1000}
-    assert_close(logits, student.logit_heads[0](features[LITE0].summary))
+    logits = student.logits(features)
+    assert student.config['classes'] == {LITE0: 1000, LITE0 + FROM_LABELS: 1000}
+    assert {name: own.shape for name, own in logits.items()} == dict.fromkeys(student.config['classes'], (2, 1000))
+    assert_close(logits[LITE0], student.logit_heads[0](features[LITE0].summary))
+    assert not torch.equal(*logits.values())
+
+
+def test_a_head_for_labels_is_made_for_who_asks_for_it(recipe, tmp_path):
+    out = run_recipe(replace(recipe, listen=(Listen('kd'), Listen('dho', 0.)), steps=1, out=str(tmp_path/'run')))
+    assert Student.from_pretrained(out).config['classes'] == {LITE0: 1000}
 
 
 def test_it_learns_the_teacher_s_logits(recipe, tmp_path):
