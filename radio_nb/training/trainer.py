@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['check_width', 'normalize_targets', 'with_student', 'DistillStep', 'Microbatch', 'microbatches', 'log_terms',
-           'reduce_terms', 'teacher_terms', 'retarget', 'skip_broken', 'TrainState', 'draw_window', 'average_grid',
-           'microbatch_loss', 'first_averages', 'progress', 'after_step', 'Trainer', 'teacher_gradient_norms']
+           'reduce_terms', 'teacher_terms', 'retarget', 'clip', 'skip_broken', 'TrainState', 'draw_window',
+           'average_grid', 'microbatch_loss', 'first_averages', 'progress', 'after_step', 'Trainer',
+           'teacher_gradient_norms']
 
 # %% ../../nbs/training/07_trainer.ipynb #ed4a9115
 from typing import NamedTuple
@@ -197,6 +198,11 @@ def retarget(
     linear.bias.copy_(multiply(weight, own.bias - mean))
 
 # %% ../../nbs/training/07_trainer.ipynb #4cf456d4
+def clip(part:nn.Module, largest:float)->Tensor: # the norm of its gradient before, a scalar
+    "Shorten a gradient that is longer than the largest norm."
+    norm = nn.utils.clip_grad_norm_(part.parameters(), largest)
+    return getattr(norm, 'full_tensor', lambda: norm)()
+
 def skip_broken(
     optimizer:torch.optim.Optimizer,
     module:nn.Module,  # whose gradient it takes
@@ -243,17 +249,12 @@ class TrainState:
             heads = dict(zip(student.config['teachers'], student.spatial_heads))
             for name in old.keys() & new.keys(): retarget(heads[name][-1], old[name], new[name])
 
-    def clip(self, part:nn.Module)->Tensor: # the norm of its gradient before, a scalar
-        "Shorten the gradient of a part to the recipe's norm."
-        norm = nn.utils.clip_grad_norm_(part.parameters(), self.recipe.clip)
-        return getattr(norm, 'full_tensor', lambda: norm)()
-
     def optimizer_step(self, lr:float, step:int)->Tensor: # the norm of the gradient before it was clipped, a scalar
         "Move the weights against the gradient; one that is not finite does not reach them."
         for group in self.optimizer.param_groups: group['lr'] = lr*group.get('lr_scale', 1)
-        norm, listening = self.clip(self.distill_step.student), self.distill_step.listening
+        norm, listening = clip(self.distill_step.student, self.recipe.clip), self.distill_step.listening
         if listening and any(True for _ in listening.parameters()):   # they have a norm of their own
-            own = self.clip(listening)
+            own = clip(listening, self.recipe.clip)
             norm = torch.where(own.isfinite(), norm, own)
         skip_broken(self.optimizer, self.distill_step, ~norm.isfinite())
         self.optimizer.step()
