@@ -30,7 +30,7 @@ from ..data.images import UNDECODED, only_images
 from ..data.crops import random_crop
 from ..data.files import hours_minutes_seconds, in_notebook, read_json
 from ..training.recipe import Recipe, difference, read_recipe
-from ..training.run_folder import check_inputs, finished, read_metrics, recipe_of
+from ..training.run_folder import check_inputs, finished, open_recipe, read_metrics
 from ..training.monitor import read_logs
 from ..training.stages import check_recipe
 from ..training.train import NOTHING, Callbacks, Inputs, Prepared, TrainingRun, fingerprints, ignore
@@ -135,11 +135,7 @@ class Run:
         folder:str|Path,         # as `distill` left it
         inputs:Inputs=NOTHING,   # the objects behind the names `python:…` in its recipe, and its images
     ):
-        self.out, self.inputs = Path(folder), inputs
-        if not finished(self.out):
-            raise BadInput(f'{folder} holds no finished run: there is no student.safetensors in it')
-        self.recipe = recipe_of(self.out)
-        if self.recipe is None: raise BadInput(f'{folder} holds no run: there is no recipe.toml in it')
+        self.out, self.inputs, self.recipe = Path(folder), inputs, open_recipe(folder, ended=True)
 
     @cached_property
     def ready(self)->Prepared:

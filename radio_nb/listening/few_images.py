@@ -104,14 +104,14 @@ def attention_matching(
 def ridge_prediction(
     x:Tensor,             # features of images, (n, C)
     few:Tensor,           # of the few to learn from, (m, C)
-    said:Tensor,          # what the teacher says of these, (m, D)
+    targets:Tensor,       # the teacher's features of these, (m, D)
     penalty:float=1e-6,   # as a share of the mean squared length of a feature vector
 )->Tensor:                # in float64, (n, D)
     "What kernel ridge regression learns from a few images (after KRR-ST, arXiv 2310.06511)."
-    x, few, said = x.double(), few.double(), said.double()
+    x, few, targets = x.double(), few.double(), targets.double()
     kernel = few @ few.T
     ridge = penalty*kernel.diagonal().mean()*torch.eye(len(few), dtype=kernel.dtype, device=kernel.device)
-    return x @ few.T @ torch.linalg.solve(kernel + ridge, said)
+    return x @ few.T @ torch.linalg.solve(kernel + ridge, targets)
 
 # %% ../../nbs/listening/06_few_images.ipynb #fe10026
 def with_mirrors(

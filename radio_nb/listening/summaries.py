@@ -40,9 +40,9 @@ class DirectionAndNorm(Listener):
     def losses(self, student, teacher, lesson):
         named = torch.where(lesson.labels >= 0, lesson.labels, teacher.logits.argmax(1))
         sums = getattr(self, f'sums_{self.names.index(teacher.name)}')
-        said = teacher.summary.detach().to(sums.dtype)
-        whole = said.isfinite().all(1, keepdim=True)   # one that is not would stay in the sum for ever
-        if self.training: sums.index_add_(0, named, said.where(whole, said.new_zeros(())))
+        target = teacher.summary.detach().to(sums.dtype)
+        whole = target.isfinite().all(1, keepdim=True)   # one that is not would stay in the sum for ever
+        if self.training: sums.index_add_(0, named, target.where(whole, target.new_zeros(())))
         return nd_losses(student.summary, teacher.summary, sums[named])
 
 # %% ../../nbs/listening/03_summaries.ipynb #5d40009

@@ -82,9 +82,7 @@ class Teacher(nn.Module):
         teacher.precision = torch.bfloat16
         return teacher
 
-    def widths(self,
-        size:tuple[int, int]|None=None,     # height and width of the images; its own size by default
-    )->tuple[int, int]:
+    def widths(self, size:tuple[int, int]|None=None)->tuple[int, int]: # size: see `forward`
         "Channels of the summary and of the grid, found by passing one grey image through. Raises `BadInput`."
         height, width = height_width(size or self.size)
         try: summary, spatial = self(torch.full((1, 3, height, width), .5, device=self.mean.device), (height, width))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['checkpoints', 'save_checkpoint', 'load_checkpoint', 'CheckpointWriter', 'finished', 'begun', 'recipe_of',
-           'check_folder', 'folder_lock', 'check_inputs', 'forget_statistics', 'read_metrics', 'metrics_file',
-           'where_it_stands']
+           'open_recipe', 'check_folder', 'folder_lock', 'check_inputs', 'forget_statistics', 'read_metrics',
+           'metrics_file', 'where_it_stands']
 
 # %% ../../nbs/training/01_run_folder.ipynb #6f496b2d
 import json
@@ -127,6 +127,17 @@ def recipe_of(out:Path)->Recipe|None: # None where there is none
         print(f'{trouble}; taken from the last checkpoint instead', file=sys.stderr)
         return Recipe(**parse_recipe(state['recipe'], 'the last checkpoint'))
     if path.exists(): raise BadInput(f'{trouble}: put back a copy, or choose another --out')
+
+def open_recipe(
+    folder:str|Path,   # of a run
+    ended:bool=False,  # whether it must hold a student
+)->Recipe:
+    "The recipe of a run. Raises `BadInput` where a folder holds no run, a damaged one, or one without its student."
+    if ended and not finished(folder):
+        raise BadInput(f'{folder} holds no finished run: there is no student.safetensors in it')
+    recipe = recipe_of(folder)
+    if recipe is None: raise BadInput(f'{folder} holds no run: there is no recipe.toml in it')
+    return recipe
 
 def check_folder(recipe:Recipe, resume:bool)->Path:
     "The folder of a run. Raises `BadInput` where it belongs to another run, or to something else."
