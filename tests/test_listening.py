@@ -36,7 +36,7 @@ OF_COMMITTEES = [name for name, listener in LISTENERS.items()
 def recipe(tmp_path_factory):
     home = tmp_path_factory.mktemp('listening')
     return Recipe(labelled_parquet(home/'images'), (f'zoo:{LITE0}#64', 'zoo:u2netp#64'), str(home/'run'), size=64,
-                  depth=1, head_width=16, steps=4, batch_size=4, statistics_steps=2, checkpoint_every=2, device='cpu',
+                  depth=2, head_width=16, steps=4, batch_size=4, statistics_steps=2, checkpoint_every=2, device='cpu',
                   watch_every=0, log_every=1, method='global',   # so few crops name no principal axes
                   listen=tuple(Listen(name, .1) for name in OF_LOGITS))
 
@@ -212,6 +212,18 @@ def test_a_committee_of_one_is_refused(recipe, tmp_path):
     with pytest.raises(BadInput, match="unknown teacher that names classes 'owl'"):
         run_recipe(replace(recipe, teachers=(f'zoo:{LITE0}#64', 'zoo:efficientnet-lite2#64'), out=str(tmp_path/'two'),
                            listen=(Listen('weighted', options={'weights': {'owl': 1.}}),)))
+
+
+def test_inner_layers_are_those_of_a_transformer_of_two_blocks_or_more(recipe, tmp_path):
+    own = replace(recipe, listen=(Listen('ofa-branches'),), out=str(tmp_path/'run'))
+    for other in dict(depth=1), dict(depth=0, student='resnet10t'):
+        with pytest.raises(BadInput, match='listener ofa-branches needs inner layers: take a vision transformer'):
+            run_recipe(replace(own, **other))
+    first, last = (run_recipe(replace(own, steps=n, out=str(tmp_path/f'{n}'))) for n in (1, 2))
+    one, two = (load_checkpoint(run/'checkpoints')['trainer']['weights'] for run in (first, last))
+    branches = [key for key in one if '.branches.' in key]
+    assert len(branches) == 6 and not any(torch.equal(one[key], two[key]) for key in branches)
+    assert not any('branches' in key for key in Student.from_pretrained(last).state_dict())
 
 
 def test_who_compares_images_wants_the_batch_whole(recipe, monkeypatch):

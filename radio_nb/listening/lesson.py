@@ -21,6 +21,7 @@ class Voice(NamedTuple):
     mask: Tensor|None = None         # which positions of a teacher's grid count, (B, H, W) bool; None where all do
     name: str = ''                   # of a teacher
     from_labels: Tensor|None = None  # a student's logits by a head that learns from labels alone, (B, K)
+    layers: tuple[Tensor, ...] = ()  # a student's grids behind its inner blocks, (B, h, w, n) each
 
 class Lesson(NamedTuple):
     "A batch as student and teachers see it."
@@ -30,7 +31,8 @@ class Lesson(NamedTuple):
     progress: float = 0.         # share of the run that is done, from 0 to below 1
 
 # %% ../../nbs/listening/00_lesson.ipynb #15e00012
-NEEDS = 'summary', 'logits', 'labels', 'a second teacher', 'a head for labels'   # what a listener may, beside grids
+# what a listener may need beside grids
+NEEDS = 'summary', 'logits', 'labels', 'a second teacher', 'a head for labels', 'inner layers'
 
 class Listener(nn.Module):
     "A way to listen to a teacher. A subclass says what it needs, and gives a loss for each image."
@@ -42,6 +44,9 @@ class Listener(nn.Module):
         classes:dict[str, int],            # how many each teacher knows, where it knows some
     ):
         super().__init__()
+
+    def add_branches(self, widths:list[int]): # of the student's inner layers, from the first on
+        "Called once before the first step of a listener that needs inner layers; does nothing here."
 
     def losses(self, student:Voice, teacher:Voice, lesson:Lesson)->Tensor: # (B,)
         "The loss of every image, from one teacher and what the student says to it."

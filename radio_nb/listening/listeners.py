@@ -8,7 +8,7 @@ __all__ = ['LISTENERS', 'RAMPS', 'constant', 'rising', 'falling', 'warm_up', 'op
 
 # %% ../../nbs/listening/06_listeners.ipynb #115e0003
 import inspect
-from math import inf
+from math import isfinite
 from typing import Protocol
 
 import torch
@@ -18,8 +18,8 @@ from ..targets.bad_input import BadInput, reason, unknown
 from ..targets.features import Features
 from ..data.crops import to_device
 from .lesson import Lesson, Listener, SoftLabels, Voice
-from .logits import (BothWays, JensenShannon, Labels, MovingTarget, RankedClasses, TargetWithTruth,
-                                        TwoHeads)
+from .logits import (BothWays, Branches, JensenShannon, Labels, MovingTarget, RankedClasses,
+                                        TargetWithTruth, TwoHeads)
 from .hints import AttentionMaps, MaskedGeneration, Relations
 from .parts import Granularity, Prototypes, SharedMasks
 from .summaries import DirectionAndNorm, Information
@@ -27,11 +27,11 @@ from .committee import Committee, Gated, Rightest, Surest, Weighted
 
 # %% ../../nbs/listening/06_listeners.ipynb #115e0006
 LISTENERS: dict[str, type[Listener]] = {
-    'kd': SoftLabels, 'labels': Labels, 'ofa': TargetWithTruth, 'pld': RankedClasses, 'bd-kd': BothWays,
-    'ssld': JensenShannon, 'taid': MovingTarget, 'dho': TwoHeads, 'attention': AttentionMaps, 'relations': Relations,
-    'mgd': MaskedGeneration, 'acam': SharedMasks, 'prockd': Prototypes, 'granularity': Granularity,
-    'nd': DirectionAndNorm, 'infonce': Information, 'committee': Committee, 'surest': Surest, 'rightest': Rightest,
-    'mst': Gated, 'weighted': Weighted}
+    'kd': SoftLabels, 'labels': Labels, 'ofa': TargetWithTruth, 'ofa-branches': Branches, 'pld': RankedClasses,
+    'bd-kd': BothWays, 'ssld': JensenShannon, 'taid': MovingTarget, 'dho': TwoHeads, 'attention': AttentionMaps,
+    'relations': Relations, 'mgd': MaskedGeneration, 'acam': SharedMasks, 'prockd': Prototypes,
+    'granularity': Granularity, 'nd': DirectionAndNorm, 'infonce': Information, 'committee': Committee,
+    'surest': Surest, 'rightest': Rightest, 'mst': Gated, 'weighted': Weighted}
 
 def constant(progress:float)->float: # progress: share of the run that is done
     "All of a weight from the beginning."
@@ -81,9 +81,17 @@ def check_line(line:Line):
     for option in line.options.keys() - set(known):
         if not known: raise BadInput(f'listener {line.name} has no options: leave out {option}')
         raise unknown(f'option of listener {line.name}', option, known)
-    temperature = line.options.get('temperature', 1.)
-    if not isinstance(temperature, (int, float)) or not 0 < temperature < inf:
-        raise BadInput(f'option temperature of listener {line.name} is {temperature!r}, but must be a number above 0')
+    kinds = {option.name: option.annotation for option in options_of(LISTENERS[line.name])}
+    for option, value in line.options.items():
+        if wanted := _wanted(option, kinds[option], value):
+            raise BadInput(f'option {option} of listener {line.name} is {value!r}, but must be {wanted}')
+
+def _wanted(option, kind, value):
+    "What a number must be, in words; empty where it is."
+    number = type(value) in (int, float) and isfinite(value)
+    if option == 'temperature': return '' if number and value > 0 else 'a number above 0'
+    if kind is int: return '' if type(value) is int else 'a whole number'
+    return 'a number' if kind is float and not number else ''
 
 # %% ../../nbs/listening/06_listeners.ipynb #115e0012
 class Listening(nn.Module):
@@ -92,11 +100,18 @@ class Listening(nn.Module):
         lines:tuple[Line, ...],            # those with weight 0 are left out
         widths:dict[str, tuple[int, int]], # of every teacher's summary and grid
         classifiers:dict[str, nn.Linear]|None=None, # from teachers' summaries to logits, where these are needed
+        layers:list[int]|None=None,        # widths of the student's inner layers, where it gives some
     ):
         super().__init__()
         self.lines, self.classifiers = [line for line in lines if line.weight], dict(classifiers or {})
         classes = {name: layer.out_features for name, layer in self.classifiers.items()}
         self.listeners = nn.ModuleList(new_listener(line, widths, classes) for line in self.lines)
+        self.hears_layers = 'inner layers' in needs_of(self.lines)
+        if self.hears_layers and not layers:
+            raise BadInput(f'listener {needs_of(self.lines)["inner layers"]} needs inner layers: take a vision '
+                           'transformer of two blocks or more as the student, or another listener')
+        for listener in self.listeners:
+            if 'inner layers' in listener.needs: listener.add_branches(layers)
 
     @torch.no_grad()
     def lesson(self,

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['listed', 'pld_losses', 'RankedClasses', 'bidirectional_losses', 'jensen_shannon_losses', 'label_losses', 'Labels',
-           'BothWays', 'JensenShannon', 'ofa_losses', 'TargetWithTruth', 'MovingTarget', 'best_label_weight',
-           'TwoHeads', 'two_head_answer']
+           'BothWays', 'JensenShannon', 'ofa_losses', 'TargetWithTruth', 'Branch', 'Branches', 'MovingTarget',
+           'best_label_weight', 'TwoHeads', 'two_head_answer']
 
 # %% ../../nbs/listening/01_logits.ipynb #10910003
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..targets.bad_input import BadInput
 from ..losses.losses import at_least_float32, soft_label_losses
@@ -124,6 +124,38 @@ class TargetWithTruth(Listener):
     def losses(self, student, teacher, lesson):
         told = ofa_losses(student.logits, teacher.logits, lesson.labels, self.gamma)
         return label_losses(student.logits, lesson.labels) + told
+
+# %% ../../nbs/listening/01_logits.ipynb #b7a9c402
+class Branch(nn.Module):
+    "A classifier of grids, (B, h, w, n) to (B, K)."
+    def __init__(self, n:int, classes:int):
+        super().__init__()
+        self.positions = nn.Sequential(nn.LayerNorm(n), nn.Linear(n, n), nn.GELU())
+        self.classifier = nn.Linear(n, classes)
+
+    def forward(self, grid): return self.classifier(self.positions(grid).mean((1, 2)))
+
+class Branches(TargetWithTruth):
+    "Labels, and a teacher to whom the truth was told, also for inner layers of the student (OFA-KD, arXiv 2310.19444)."
+    needs = ('logits', 'labels', 'inner layers')
+
+    def __init__(self, widths:dict[str, tuple[int, int]], classes:dict[str, int], gamma:float=1.5, branches:int=3):
+        super().__init__(widths, classes, gamma)
+        self.classes, self.count = classes, branches
+
+    def add_branches(self, widths:list[int]):
+        "Branches at equal distances among the layers, for each teacher that names classes."
+        self.chosen = sorted({len(widths)*i//self.count for i in range(self.count)})
+        self.names = list(self.classes)
+        self.branches = nn.ModuleList(nn.ModuleList(Branch(widths[i], self.classes[name]) for i in self.chosen)
+                                      for name in self.names)
+
+    def losses(self, student, teacher, lesson):
+        total = super().losses(student, teacher, lesson)
+        for i, branch in zip(self.chosen, self.branches[self.names.index(teacher.name)]):
+            said = branch(at_least_float32(student.layers[i]))
+            total = total + ofa_losses(said, teacher.logits, lesson.labels, self.gamma)
+        return total
 
 # %% ../../nbs/listening/01_logits.ipynb #10910017
 class MovingTarget(Listener):

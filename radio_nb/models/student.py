@@ -315,11 +315,18 @@ class Student(Pictures, Adaptors, Pretrained):
         "The student's estimate of teachers' features; a teacher without a summary gets one of width 0."
         return self.adapted(self.layers(images), self._wanted(adaptors, layout), layout)
 
-    def layers(self, images:Tensor)->list[Features]:
+    def layers(self,
+        images:Tensor,      # (B, 3, H, W) in [0, 1]
+        every:bool=False,   # of a vision transformer, every block's features
+    )->list[Features]:      # the last are those of the backbone
         """What the heads see of the backbone: with a ladder every block's features, and without it those of the last
-        alone, with which it ends; without a gradient where only the heads learn."""
+        alone; without a gradient where only the heads learn."""
         with torch.no_grad() if self.heads_only else nullcontext():
-            return self.backbone.layers(images) if self.ladder else [self.backbone(images)]
+            return self.backbone.layers(images) if self.ladder or every else [self.backbone(images)]
+
+    def inner_widths(self)->list[int]: # empty where it does not give them
+        "The widths of what comes out of the blocks before the last."
+        return [self.backbone.dim]*(len(self.backbone.blocks) - 1) if isinstance(self.backbone, Transformer) else []
 
     def _wanted(self, adaptors, layout):
         names = list(self.config['teachers'])

@@ -169,7 +169,7 @@ def new_distill_step(recipe:Recipe, student:Student, out:Path, classifiers:dict[
     if recipe.spectral: reparametrize(student.backbone)
     if recipe.checkpoint_activations: checkpoint_student(student)
     with own_seed(f'{recipe.seed} listeners'):
-        listening = Listening(recipe.listen, student.config['teachers'], classifiers)
+        listening = Listening(recipe.listen, student.config['teachers'], classifiers, student.inner_widths())
     return DistillStep(student, loss, cifd, recipe.precision == 'bfloat16', recipe.mesa,
                        listening if listening.lines else None)
 

@@ -57,10 +57,16 @@ def normalize_targets(
     return {name: Features(summary, normalizers[name](spatial)) for name, (summary, spatial) in features.items()}
 
 # %% ../../nbs/training/07_trainer.ipynb #453c5d74
-def with_student(lesson:Lesson, student:nn.Module, outputs:dict[str, Features])->Lesson:
+def with_student(
+    lesson:Lesson,                # of teachers
+    student:nn.Module,
+    outputs:dict[str, Features],
+    layers:tuple[Tensor, ...]=(), # grids behind its inner blocks, where somebody listens to them
+)->Lesson:
     "A lesson of teachers, with what the student says to each of them."
     logits = student.logits(outputs)
-    def voice(name): return Voice(*outputs[name], logits.get(name), from_labels=logits.get(name + FROM_LABELS))
+    def voice(name):
+        return Voice(*outputs[name], logits.get(name), from_labels=logits.get(name + FROM_LABELS), layers=layers)
     return lesson._replace(student={name: voice(name) for name in lesson.teachers})
 
 # %% ../../nbs/training/07_trainer.ipynb #ce3c6b62
@@ -99,28 +105,32 @@ class DistillStep(nn.Module):
     )->tuple[Tensor, dict[str, dict[str, Tensor]]]: # the loss; and for a log, by teacher and kind
         "The loss of one microbatch."
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16):
-            outputs, agree = self._outputs(images, part, masks or {}, moves or {}, average)
+            outputs, agree, inner = self._outputs(images, part, masks or {}, moves or {}, average)
             kept, more = self.cifd.kept() if self.cifd else None, []
             own = {name: scale[name]*kept[name]['teacher'] for name in targets} if kept else scale
             loss, losses = self.loss(outputs, targets, masks, own)
             loss = loss + agree
             if self.cifd: more.append(self.cifd(outputs, targets, self.bits(), kept, scale, part.share, masks))
-            if self.listening: more.append(self.listening(with_student(lesson, self.student, outputs), scale))
+            if self.listening: more.append(self.listening(with_student(lesson, self.student, outputs, inner), scale))
         for added, terms in more: loss, losses = loss + added, {name: own | terms[name] for name, own in losses.items()}
         return loss, losses
 
     def _outputs(self, images, part, masks, moves, average):
-        "The student's outputs where its teachers look, and the loss that its average adds."
-        if average is None: outputs, agree = self.student(images), 0.
+        "The student's outputs where its teachers look, the loss that its average adds, and inner grids if need be."
+        hears = self.listening is not None and self.listening.hears_layers
+        if average is None and not hears: outputs, agree, inner = self.student(images), 0., ()
         else:
-            layers = self.student.layers(images)
-            outputs, own = self.student.adapted(layers, list(self.student.config['teachers'])), layers[-1].spatial
+            *below, last = self.student.layers(images, hears)
+            outputs = self.student.adapted([*below, last], list(self.student.config['teachers']))
+            agree, inner = 0., tuple(layer.spatial for layer in below)
+        if average is not None:
+            own = last.spatial
             if AVERAGE in moves: own = moved(own, moves[AVERAGE])
             apart = mesa_loss(own, average, masks.get(AVERAGE))
             self.apart, agree = apart.detach(), self.mesa*part.share*apart
         for name, by in moves.items():
             if name in outputs: outputs[name] = outputs[name]._replace(spatial=moved(outputs[name].spatial, by))
-        return outputs, agree
+        return outputs, agree, inner
 
 # %% ../../nbs/training/07_trainer.ipynb #2b4ff915
 class Microbatch(NamedTuple):
