@@ -21,7 +21,7 @@ class Voice(NamedTuple):
     mask: Tensor|None = None         # which positions of a teacher's grid count, (B, H, W) bool; None where all do
     name: str = ''                   # of a teacher
     from_labels: Tensor|None = None  # a student's logits by a head that learns from labels alone, (B, K)
-    layers: tuple[Tensor, ...] = ()  # a student's grids behind its inner blocks, (B, h, w, n) each
+    layers: tuple[Tensor, ...] = ()  # a student's grids behind its inner blocks, (B, h, w, width) each
 
 class Lesson(NamedTuple):
     "A batch as student and teachers see it."
@@ -46,7 +46,8 @@ class Listener(nn.Module):
         super().__init__()
 
     def add_branches(self, widths:list[int]): # of the student's inner layers, from the first on
-        "Called once before the first step of a listener that needs inner layers; does nothing here."
+        """Called once, before there is an optimizer, where a listener needs inner layers; does nothing here. Raises
+        `BadInput` where they are too few."""
 
     def losses(self, student:Voice, teacher:Voice, lesson:Lesson)->Tensor: # (B,)
         "The loss of every image, from one teacher and what the student says to it."

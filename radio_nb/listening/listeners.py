@@ -90,7 +90,7 @@ def _wanted(option, kind, value):
     "What a number must be, in words; empty where it is."
     number = type(value) in (int, float) and isfinite(value)
     if option == 'temperature': return '' if number and value > 0 else 'a number above 0'
-    if kind is int: return '' if type(value) is int else 'a whole number'
+    if kind is int: return '' if type(value) is int and value > 0 else 'a whole number above 0'
     return 'a number' if kind is float and not number else ''
 
 # %% ../../nbs/listening/06_listeners.ipynb #115e0012
@@ -107,11 +107,8 @@ class Listening(nn.Module):
         classes = {name: layer.out_features for name, layer in self.classifiers.items()}
         self.listeners = nn.ModuleList(new_listener(line, widths, classes) for line in self.lines)
         self.hears_layers = 'inner layers' in needs_of(self.lines)
-        if self.hears_layers and not layers:
-            raise BadInput(f'listener {needs_of(self.lines)["inner layers"]} needs inner layers: take a vision '
-                           'transformer of two blocks or more as the student, or another listener')
         for listener in self.listeners:
-            if 'inner layers' in listener.needs: listener.add_branches(layers)
+            if 'inner layers' in listener.needs: listener.add_branches(layers or [])
 
     @torch.no_grad()
     def lesson(self,

@@ -127,26 +127,34 @@ class TargetWithTruth(Listener):
 
 # %% ../../nbs/listening/01_logits.ipynb #b7a9c402
 class Branch(nn.Module):
-    "A classifier of grids, (B, h, w, n) to (B, K)."
-    def __init__(self, n:int, classes:int):
+    "A classifier of grids, (B, h, w, width) to (B, classes)."
+    def __init__(self, width:int, classes:int):
         super().__init__()
-        self.positions = nn.Sequential(nn.LayerNorm(n), nn.Linear(n, n), nn.GELU())
-        self.classifier = nn.Linear(n, classes)
+        self.positions = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
+        self.classifier = nn.Linear(width, classes)
 
     def forward(self, grid): return self.classifier(self.positions(grid).mean((1, 2)))
 
 class Branches(TargetWithTruth):
-    "Labels, and a teacher to whom the truth was told, also for inner layers of the student (OFA-KD, arXiv 2310.19444)."
+    "As `TargetWithTruth`, and inner layers of the student hear the same teacher (after OFA-KD, arXiv 2310.19444)."
     needs = ('logits', 'labels', 'inner layers')
 
-    def __init__(self, widths:dict[str, tuple[int, int]], classes:dict[str, int], gamma:float=1.5, branches:int=3):
+    def __init__(self,
+        widths:dict[str, tuple[int, int]], # see `Listener`
+        classes:dict[str, int],
+        gamma:float=1.5,
+        branches:int=3,                    # at most so many
+    ):
         super().__init__(widths, classes, gamma)
-        self.classes, self.count = classes, branches
+        self.classes, self.names, self.count = classes, list(classes), branches
 
     def add_branches(self, widths:list[int]):
-        "Branches at equal distances among the layers, for each teacher that names classes."
-        self.chosen = sorted({len(widths)*i//self.count for i in range(self.count)})
-        self.names = list(self.classes)
+        "Branches that divide the student's blocks into equal parts, for each teacher that names classes."
+        if not widths:
+            raise BadInput('listener ofa-branches needs inner layers: take a vision transformer of two blocks or more '
+                           'as the student, or another listener')
+        count, blocks = min(self.count, len(widths)), len(widths) + 1
+        self.chosen = [blocks*(i + 1)//(count + 1) - 1 for i in range(count)]
         self.branches = nn.ModuleList(nn.ModuleList(Branch(widths[i], self.classes[name]) for i in self.chosen)
                                       for name in self.names)
 

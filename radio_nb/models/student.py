@@ -317,10 +317,10 @@ class Student(Pictures, Adaptors, Pretrained):
 
     def layers(self,
         images:Tensor,      # (B, 3, H, W) in [0, 1]
-        every:bool=False,   # of a vision transformer, every block's features
+        every:bool=False,   # of a vision transformer, whether every block's features are wanted
     )->list[Features]:      # the last are those of the backbone
-        """What the heads see of the backbone: with a ladder every block's features, and without it those of the last
-        alone; without a gradient where only the heads learn."""
+        """The backbone's features, and before them those of its inner blocks where there is a ladder or they are
+        wanted; without a gradient where only the heads learn."""
         with torch.no_grad() if self.heads_only else nullcontext():
             return self.backbone.layers(images) if self.ladder or every else [self.backbone(images)]
 

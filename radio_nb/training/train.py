@@ -44,7 +44,7 @@ from ..data.files import Progress, Stopped, atomic_write, read_json, stop_flag, 
 from ..data.labelled import open_labelled
 from ..agglomeration.resolutions import teachers_at
 from ..agglomeration.spectral import plain_weights, reparametrize
-from ..listening.listeners import LISTENERS, Listening, needs_of
+from ..listening.listeners import LISTENERS, Listening, needs_of, new_listener
 from .recipe import Recipe, check_names, difference, recipe_toml, teacher_names, teacher_weights
 from .run_folder import CheckpointWriter, begun, check_folder, check_inputs, folder_lock
 from .run_folder import forget_statistics, load_checkpoint, metrics_file, recipe_of
@@ -264,6 +264,8 @@ def check_sizes(recipe:Recipe, plan:tuple[StagePlan, ...], student:Student, proc
         if processes > 1 and line.weight and LISTENERS[line.name].compares_images:
             raise BadInput(f'listener {line.name} compares the images of a batch, which {processes} processes would '
                            'divide: start one')
+        if line.weight and 'inner layers' in LISTENERS[line.name].needs:
+            new_listener(line, {}, {}).add_branches(student.inner_widths())   # may refuse
     for part in (part for stage in plan for part in stage.parts):
         for height, width in part.sizes():
             if height % patch or width % patch:

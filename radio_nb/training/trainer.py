@@ -122,7 +122,7 @@ class DistillStep(nn.Module):
         else:
             *below, last = self.student.layers(images, hears)
             outputs = self.student.adapted([*below, last], list(self.student.config['teachers']))
-            agree, inner = 0., tuple(layer.spatial for layer in below)
+            agree, inner = 0., tuple(layer.spatial for layer in below if hears)
         if average is not None:
             own = last.spatial
             if AVERAGE in moves: own = moved(own, moves[AVERAGE])
