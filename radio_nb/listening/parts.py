@@ -76,7 +76,7 @@ class SharedMasks(Listener):
 
     def losses(self, student, teacher, lesson):
         x, y, mask = meet(student, teacher)
-        x, y, count = x.flatten(1, 2), y.flatten(1, 2), mask.flatten(1)
+        x, y, count = x.flatten(1, 2), y.flatten(1, 2).to(x.dtype), mask.flatten(1)
         channels, positions = self.masks(teacher.name, x.detach(), y, count)
         errors = (x - y).square()*count[..., None]
         of_channels = errors.sum(1)/count.sum(1, keepdim=True).clamp(1)
@@ -98,8 +98,8 @@ class Prototypes(Listener):
 
     def losses(self, student, teacher, lesson):
         x, y, mask = meet(student, teacher)
-        i = self.names.index(teacher.name)
-        prototypes, question = self.prototypes[i].to(y.dtype), self.questions[i]
+        y, i = y.to(x.dtype), self.names.index(teacher.name)
+        prototypes, question = self.prototypes[i], self.questions[i]
         nearest = prototypes[torch.cdist(y.flatten(1, 2), prototypes.detach()).argmin(-1)].view_as(y)
         alike = question(x) @ prototypes.detach().T/x.shape[-1]**.5
         found = x + alike.softmax(-1) @ prototypes.detach()
