@@ -41,7 +41,8 @@ class MaskMaker(nn.Module):
     ):
         super().__init__()
         narrow = max(1, width//2)
-        self.query, self.key, self.value = (nn.Linear(width, n) for n in (narrow, narrow, width))
+        self.query, self.value = nn.Linear(width, narrow), nn.Linear(width, width)
+        self.key = nn.Linear(width, narrow, bias=False)   # which a softmax would not see
         self.of_channels = nn.Parameter(torch.randn(masks))
         self.of_positions = nn.Parameter(torch.randn(masks, width)/width**.5)
 
@@ -54,8 +55,8 @@ class MaskMaker(nn.Module):
         asked = self.query(y) @ self.key(x).mT/self.key.out_features**.5
         fused = asked.masked_fill(~count[:, None], -1e9).softmax(-1) @ self.value(x)
         mean = (fused*count[..., None]).sum(1)/count.sum(1, keepdim=True).clamp(1)
-        channels = (self.of_channels[:, None]*mean[:, None]).sigmoid()
-        return channels, (self.of_positions @ fused.mT).sigmoid()*count[:, None]
+        channels, positions = self.of_channels[:, None]*mean[:, None], self.of_positions @ fused.mT
+        return .01 + .99*channels.sigmoid(), (.01 + .99*positions.sigmoid())*count[:, None]
 
 # %% ../../nbs/listening/03_parts.ipynb #9a750012
 class SharedMasks(Listener):
@@ -76,16 +77,17 @@ class SharedMasks(Listener):
 
     def losses(self, student, teacher, lesson):
         x, y, mask = meet(student, teacher)
-        x, y, count = x.flatten(1, 2), y.flatten(1, 2), mask.flatten(1)
+        x, y, count = x.flatten(1, 2), y.flatten(1, 2).to(x.dtype), mask.flatten(1)
         channels, positions = self.masks(teacher.name, x.detach(), y, count)
         errors = (x - y).square()*count[..., None]
         of_channels = errors.sum(1)/count.sum(1, keepdim=True).clamp(1)
         apart = inside(of_channels, channels).mean(1) + inside(errors.mean(-1), positions).mean(1)
-        return (apart + self.diversity*(dice(channels) + dice(positions)))/2
+        total = (apart + self.diversity*(dice(channels) + dice(positions)))/2
+        return total*count.any(1)   # without a position that counts there is nothing to learn
 
-# %% ../../nbs/listening/03_parts.ipynb #9a750020
+# %% ../../nbs/listening/03_parts.ipynb #9a750022
 class Prototypes(Listener):
-    "A grid to which vectors are added that recur in the teacher's (after ProC-KD, arXiv 2212.13180)."
+    "The student's grid, and vectors that recur in the teacher's (after ProC-KD, arXiv 2212.13180)."
     def __init__(self,
         widths:dict[str, tuple[int, int]], # see `Listener`
         classes:dict[str, int],
@@ -94,32 +96,34 @@ class Prototypes(Listener):
         super().__init__(widths, classes)
         self.names = list(widths)
         self.prototypes = nn.ParameterList(torch.randn(count, width)/10 for _, width in widths.values())
-        self.questions = nn.ModuleList(nn.Linear(width, width, bias=False) for _, width in widths.values())
+        def maps(): return nn.ModuleList(nn.Linear(width, width, bias=False) for _, width in widths.values())
+        self.questions, self.maps = maps(), maps()
+        for own in self.maps: nn.init.eye_(own.weight)
 
     def losses(self, student, teacher, lesson):
         x, y, mask = meet(student, teacher)
-        i = self.names.index(teacher.name)
-        prototypes, question = self.prototypes[i].to(y.dtype), self.questions[i]
-        nearest = prototypes[torch.cdist(y.flatten(1, 2), prototypes.detach()).argmin(-1)].view_as(y)
-        alike = question(x) @ prototypes.detach().T/x.shape[-1]**.5
-        found = x + alike.softmax(-1) @ prototypes.detach()
+        y, i = y.to(x.dtype), self.names.index(teacher.name)
+        prototypes, fixed = self.prototypes[i], self.prototypes[i].detach()
+        nearest = prototypes[torch.cdist(y.flatten(1, 2), fixed).argmin(-1)].view_as(y)
+        alike = self.questions[i](x) @ fixed.T/x.shape[-1]**.5
+        found = self.maps[i](x) + alike.softmax(-1) @ fixed
         errors = (found - y).square().mean(-1) + (nearest - y).square().mean(-1)
         return (errors*mask).sum((1, 2))/mask.sum((1, 2)).clamp(1)
 
-# %% ../../nbs/listening/03_parts.ipynb #9a750027
+# %% ../../nbs/listening/03_parts.ipynb #9a750029
 def regions(
     grid:Tensor,   # (B, H, W, D)
     mask:Tensor,   # which positions count, (B, H, W) bool
     side:int=7,    # at most so many rows and columns of regions
 )->tuple[Tensor, Tensor]: # their means (B, n, D), and which of them have a position that counts (B, n) bool
-    "The means of a grid over square regions."
+    "The means of a grid over regions of about the same size."
     size = [min(side, n) for n in grid.shape[1:3]]
     def pooled(x): return F.adaptive_avg_pool2d(x.movedim(-1, 1), size).flatten(2).mT
     share = pooled(mask[..., None].to(grid.dtype))
     return pooled(grid*mask[..., None])/share.clamp(1e-6), share[..., 0] > 0
 
 class Granularity(Listener):
-    "The mean over an image, and which of its regions are alike (MGD for segmentation, arXiv 2208.10169)."
+    "The mean over an image, and which of its regions are alike (multi-granularity distillation, arXiv 2208.10169)."
     def losses(self, student, teacher, lesson):
         x, y, mask = meet(student, teacher)
         [(x_mean, _), (y_mean, _)] = (regions(grid, mask, side=1) for grid in (x, y))
