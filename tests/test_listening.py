@@ -223,7 +223,11 @@ def test_inner_layers_are_those_of_a_transformer_of_two_blocks_or_more(recipe, t
     one, two = (load_checkpoint(run/'checkpoints')['trainer']['weights'] for run in (first, last))
     branches = [key for key in one if '.branches.' in key]
     assert len(branches) == 6 and not any(torch.equal(one[key], two[key]) for key in branches)
-    assert not any('branches' in key for key in Student.from_pretrained(last).state_dict())
+    plain = run_recipe(replace(own, steps=2, listen=(Listen('ofa'),), out=str(tmp_path/'plain')))
+    students = [Student.from_pretrained(run).state_dict() for run in (last, plain)]
+    assert students[0].keys() == students[1].keys()   # branches are not a part of the student
+    inner = next(key for key in students[0] if key.endswith('blocks.0.mlp.fc1.weight'))
+    assert not torch.equal(*(student[inner] for student in students))
 
 
 def test_who_compares_images_wants_the_batch_whole(recipe, monkeypatch):
