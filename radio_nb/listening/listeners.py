@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LISTENERS', 'RAMPS', 'constant', 'rising', 'falling', 'warm_up', 'options_of', 'listener_rows', 'Line', 'needs_of',
-           'check_line', 'Listening', 'new_listener']
+           'check_line', 'new_listener', 'Listening']
 
 # %% ../../nbs/listening/06_listeners.ipynb #115e0003
 import inspect
@@ -93,6 +93,14 @@ def _wanted(option, kind, value):
     if kind is int: return '' if type(value) is int and value > 0 else 'a whole number above 0'
     return 'a number' if kind is float and not number else ''
 
+def new_listener(line:Line, widths:dict[str, tuple[int, int]], classes:dict[str, int])->Listener:
+    "A listener from its line. Raises `BadInput`."
+    check_line(line)
+    try: return LISTENERS[line.name](widths, classes, **line.options)
+    except BadInput: raise
+    except Exception as e:   # options of any kind can stand in a file
+        raise BadInput(f'listener {line.name} cannot be made with {line.options} ({reason(e)})') from e
+
 # %% ../../nbs/listening/06_listeners.ipynb #115e0012
 class Listening(nn.Module):
     "The listeners of a run."
@@ -107,8 +115,7 @@ class Listening(nn.Module):
         classes = {name: layer.out_features for name, layer in self.classifiers.items()}
         self.listeners = nn.ModuleList(new_listener(line, widths, classes) for line in self.lines)
         self.hears_layers = 'inner layers' in needs_of(self.lines)
-        for listener in self.listeners:
-            if 'inner layers' in listener.needs: listener.add_branches(layers or [])
+        for listener in self.listeners: listener.add_branches(layers or [])
 
     @torch.no_grad()
     def lesson(self,
@@ -148,11 +155,3 @@ class Listening(nn.Module):
         for line, listener in zip(self.lines, self.listeners):
             losses = [own[line.name] for own in terms.values() if line.name in own]
             if losses: listener.update(sum(losses)/len(losses), progress)
-
-def new_listener(line:Line, widths:dict[str, tuple[int, int]], classes:dict[str, int])->Listener:
-    "A listener from its line. Raises `BadInput`."
-    check_line(line)
-    try: return LISTENERS[line.name](widths, classes, **line.options)
-    except BadInput: raise
-    except Exception as e:   # options of any kind can stand in a file
-        raise BadInput(f'listener {line.name} cannot be made with {line.options} ({reason(e)})') from e

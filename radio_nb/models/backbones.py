@@ -115,6 +115,10 @@ class Backbone(nn.Module):
                            f'make both sides a multiple of {self.patch}')
         return (images.to(self.mean.dtype) - self.mean)/self.std
 
+    def inner_widths(self)->list[int]: # those of `layers` before the last; here there are none
+        "The widths of what comes out of inner blocks."
+        return []
+
 # %% ../../nbs/models/08_backbones.ipynb #1fbf5fa4
 class Stem(Stages):
     "The first stages of a network in place of a patch embedding: (B, 3, H, W) to (B, dim, H/stride, W/stride)."
@@ -222,6 +226,8 @@ class Transformer(Windowed):
         *inner, last = windowed_blocks(self.blocks, tokens, prefix, (h, w), side, every)
         return [Features(tokens[:, :self.n_class], tokens[:, prefix:].unflatten(1, (h, w)))
                 for tokens in (*inner, self.norm(last))]
+
+    def inner_widths(self)->list[int]: return [self.dim]*(len(self.blocks) - 1)
 
     def no_weight_decay(self)->set[str]:
         "Parameters that are tokens, not weights, and therefore not decayed (timm's convention)."

@@ -324,10 +324,6 @@ class Student(Pictures, Adaptors, Pretrained):
         with torch.no_grad() if self.heads_only else nullcontext():
             return self.backbone.layers(images) if self.ladder or every else [self.backbone(images)]
 
-    def inner_widths(self)->list[int]: # empty where it does not give them
-        "The widths of what comes out of the blocks before the last."
-        return [self.backbone.dim]*(len(self.backbone.blocks) - 1) if isinstance(self.backbone, Transformer) else []
-
     def _wanted(self, adaptors, layout):
         names = list(self.config['teachers'])
         if layout not in LAYOUTS: raise unknown('layout', layout, list(LAYOUTS))

@@ -169,7 +169,7 @@ def new_distill_step(recipe:Recipe, student:Student, out:Path, classifiers:dict[
     if recipe.spectral: reparametrize(student.backbone)
     if recipe.checkpoint_activations: checkpoint_student(student)
     with own_seed(f'{recipe.seed} listeners'):
-        listening = Listening(recipe.listen, student.config['teachers'], classifiers, student.inner_widths())
+        listening = Listening(recipe.listen, student.config['teachers'], classifiers, student.backbone.inner_widths())
     return DistillStep(student, loss, cifd, recipe.precision == 'bfloat16', recipe.mesa,
                        listening if listening.lines else None)
 
@@ -265,7 +265,7 @@ def check_sizes(recipe:Recipe, plan:tuple[StagePlan, ...], student:Student, proc
             raise BadInput(f'listener {line.name} compares the images of a batch, which {processes} processes would '
                            'divide: start one')
         if line.weight and 'inner layers' in LISTENERS[line.name].needs:
-            new_listener(line, {}, {}).add_branches(student.inner_widths())   # may refuse
+            new_listener(line, {}, {}).add_branches(student.backbone.inner_widths())   # may refuse
     for part in (part for stage in plan for part in stage.parts):
         for height, width in part.sizes():
             if height % patch or width % patch:

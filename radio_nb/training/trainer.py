@@ -117,15 +117,14 @@ class DistillStep(nn.Module):
 
     def _outputs(self, images, part, masks, moves, average):
         "The student's outputs where its teachers look, the loss that its average adds, and inner grids if need be."
-        hears = self.listening is not None and self.listening.hears_layers
-        if average is None and not hears: outputs, agree, inner = self.student(images), 0., ()
+        hears, agree, inner = self.listening is not None and self.listening.hears_layers, 0., ()
+        if average is None and not hears: outputs = self.student(images)
         else:
             *below, last = self.student.layers(images, hears)
             outputs = self.student.adapted([*below, last], list(self.student.config['teachers']))
-            agree, inner = 0., tuple(layer.spatial for layer in below if hears)
+            inner = tuple(layer.spatial for layer in below if hears)
         if average is not None:
-            own = last.spatial
-            if AVERAGE in moves: own = moved(own, moves[AVERAGE])
+            own = moved(last.spatial, moves[AVERAGE]) if AVERAGE in moves else last.spatial
             apart = mesa_loss(own, average, masks.get(AVERAGE))
             self.apart, agree = apart.detach(), self.mesa*part.share*apart
         for name, by in moves.items():
