@@ -43,14 +43,14 @@ class Committee(Listener):
         "How much each of T teachers counts for each image."
         return torch.full((len(voices[0].logits), len(voices)), 1/len(voices), device=voices[0].logits.device)
 
-    def heard(self, student:Voice, voices:list[Voice], shares:Tensor)->Tensor: # (B,)
+    def weighted_losses(self, student:Voice, voices:list[Voice], shares:Tensor)->Tensor: # (B,)
         "The divergence from each teacher, times its share."
         apart = [soft_label_losses(student.logits, voice.logits, self.temperature) for voice in voices]
         return (shares*torch.stack(apart, 1)).sum(1)
 
     def losses(self, student, teacher, lesson):
         voices = members(teacher, lesson)
-        return self.heard(student, voices, self.shares(voices, lesson))
+        return self.weighted_losses(student, voices, self.shares(voices, lesson))
 
 # %% ../../nbs/listening/05_committee.ipynb #c0b0010
 class Surest(Committee):
@@ -108,8 +108,8 @@ class Gated(Committee):
     def losses(self, student, teacher, lesson):
         voices = members(teacher, lesson)
         opinions = self.opinions(voices)
-        heard = self.heard(student, voices, self.chosen(opinions))
-        return heard + gate_losses(opinions, voices, lesson.labels)
+        losses = self.weighted_losses(student, voices, self.chosen(opinions))
+        return losses + gate_losses(opinions, voices, lesson.labels)
 
 def gate_losses(
     opinions:Tensor,     # logarithms of shares, (B, T)
