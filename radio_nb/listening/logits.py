@@ -161,8 +161,8 @@ class Branches(TargetWithTruth):
     def losses(self, student, teacher, lesson):
         total = super().losses(student, teacher, lesson)
         for i, branch in zip(self.chosen, self.branches[self.names.index(teacher.name)]):
-            said = branch(at_least_float32(student.layers[i]))
-            total = total + ofa_losses(said, teacher.logits, lesson.labels, self.gamma)
+            logits = branch(at_least_float32(student.layers[i]))
+            total = total + ofa_losses(logits, teacher.logits, lesson.labels, self.gamma)
         return total
 
 # %% ../../nbs/listening/01_logits.ipynb #10910017

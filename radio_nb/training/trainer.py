@@ -82,8 +82,7 @@ class DistillStep(nn.Module):
     ):
         super().__init__()
         self.student, self.loss, self.cifd, self.bfloat16 = student, loss, cifd, bfloat16
-        self.mesa, self.apart = mesa, None   # and how far apart the two were in the last call, a scalar
-        self.listening = listening
+        self.listening, self.mesa, self.apart = listening, mesa, None   # how far apart in the last call, a scalar
 
     def no_weight_decay(self)->set[str]:
         "The student's own choice, by the names they have here."
