@@ -89,9 +89,9 @@ def canvas_of(
     if any(side % patch for side, patch in zip(image, canvas.patch)):
         raise BadInput(f'{where} cannot be cut at images of {image[0]} × {image[1]}: make both sides a multiple of '
                        f'{canvas.patch[0]} × {canvas.patch[1]}')
-    if prod(canvas.cells) < 2:
-        raise BadInput(f'{where} has no room for two images of {image[0]} × {image[1]}: choose a smaller size, or '
-                       'leave the teacher out of mosaic')
+    if not prod(canvas.cells):
+        raise BadInput(f'{where} has no room for an image of {image[0]} × {image[1]}: choose a smaller size, or leave '
+                       'the teacher out of mosaic')
     return canvas
 
 class Mosaic(NamedTuple):

@@ -49,6 +49,9 @@ class Listener(nn.Module):
         """Called once, before there is an optimizer, where a listener needs inner layers; does nothing here. Raises
         `BadInput` where they are too few."""
 
+    def add_classifiers(self, classifiers:dict[str, nn.Linear]): # from summaries to logits, by teacher
+        "Called once, before there is an optimizer; does nothing here. Raises `BadInput` where one does not suit."
+
     def losses(self, student:Voice, teacher:Voice, lesson:Lesson)->Tensor: # (B,)
         "The loss of every image, from one teacher and what the student says to it."
         raise NotImplementedError

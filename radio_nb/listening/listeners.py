@@ -20,18 +20,19 @@ from ..data.crops import to_device
 from .lesson import Lesson, Listener, SoftLabels, Voice
 from .logits import (BothWays, Branches, JensenShannon, Labels, MovingTarget, RankedClasses,
                                         TargetWithTruth, TwoHeads)
-from .hints import AttentionMaps, MaskedGeneration, Relations
+from .hints import AttentionMaps, MaskedGeneration, Relations, RelativeError
 from .parts import Granularity, Prototypes, SharedMasks
-from .summaries import DirectionAndNorm, Information
-from .committee import Committee, Gated, Rightest, Surest, Weighted
+from .summaries import DirectionAndNorm, Information, Subclasses
+from .committee import Committee, Gated, Judged, Rightest, Surest, Weighted
 
 # %% ../../nbs/listening/06_listeners.ipynb #115e0006
 LISTENERS: dict[str, type[Listener]] = {
     'kd': SoftLabels, 'labels': Labels, 'ofa': TargetWithTruth, 'ofa-branches': Branches, 'pld': RankedClasses,
     'bd-kd': BothWays, 'ssld': JensenShannon, 'taid': MovingTarget, 'dho': TwoHeads, 'attention': AttentionMaps,
-    'relations': Relations, 'mgd': MaskedGeneration, 'acam': SharedMasks, 'prockd': Prototypes,
-    'granularity': Granularity, 'nd': DirectionAndNorm, 'infonce': Information, 'committee': Committee,
-    'surest': Surest, 'rightest': Rightest, 'mst': Gated, 'weighted': Weighted}
+    'relations': Relations, 'mgd': MaskedGeneration, 'laptop': RelativeError, 'acam': SharedMasks,
+    'prockd': Prototypes, 'granularity': Granularity, 'nd': DirectionAndNorm, 'infonce': Information,
+    'lelp': Subclasses, 'committee': Committee, 'meal': Judged, 'surest': Surest, 'rightest': Rightest, 'mst': Gated,
+    'weighted': Weighted}
 
 def constant(progress:float)->float: # progress: share of the run that is done
     "All of a weight from the beginning."
@@ -115,7 +116,9 @@ class Listening(nn.Module):
         classes = {name: layer.out_features for name, layer in self.classifiers.items()}
         self.listeners = nn.ModuleList(new_listener(line, widths, classes) for line in self.lines)
         self.hears_layers = 'inner layers' in needs_of(self.lines)
-        for listener in self.listeners: listener.add_branches(layers or [])
+        for listener in self.listeners:
+            listener.add_branches(layers or [])
+            listener.add_classifiers(self.classifiers)
 
     @torch.no_grad()
     def lesson(self,

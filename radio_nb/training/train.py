@@ -457,7 +457,7 @@ def train_stage(run:TrainingRun, plan:StagePlan):
             stopping, ended = asked_to_stop(run, signals)
             saving = stopping or ended or trainer.step % recipe.checkpoint_every == 0 or trainer.step == plan.last
             if saving or trainer.step % recipe.log_every == 0: write_logs(run, metrics)
-            progress(trainer.step, f'loss {run.loss:.3f}')
+            progress(trainer.step, f'loss {run.loss:.3f}' if isfinite(run.loss) else '')   # none has been read yet
             if run.writer.done(): run.see_written()
             if saving: run.checkpoint(ended)
             if ended: break
