@@ -20,7 +20,7 @@ from ..data.crops import to_device
 from .lesson import Lesson, Listener, SoftLabels, Voice
 from .logits import (BothWays, Branches, JensenShannon, Labels, MovingTarget, RankedClasses,
                                         TargetWithTruth, TwoHeads)
-from .hints import AttentionMaps, MaskedGeneration, Relations, RelativeError
+from .hints import AttentionMaps, GenericGrid, MaskedGeneration, Relations, RelativeError
 from .parts import Granularity, Prototypes, SharedMasks
 from .summaries import DirectionAndNorm, Information, Subclasses
 from .committee import Committee, Gated, Judged, Rightest, Surest, Weighted
@@ -29,7 +29,7 @@ from .committee import Committee, Gated, Judged, Rightest, Surest, Weighted
 LISTENERS: dict[str, type[Listener]] = {
     'kd': SoftLabels, 'labels': Labels, 'ofa': TargetWithTruth, 'ofa-branches': Branches, 'pld': RankedClasses,
     'bd-kd': BothWays, 'ssld': JensenShannon, 'taid': MovingTarget, 'dho': TwoHeads, 'attention': AttentionMaps,
-    'relations': Relations, 'mgd': MaskedGeneration, 'laptop': RelativeError, 'acam': SharedMasks,
+    'relations': Relations, 'mgd': MaskedGeneration, 'g2sd': GenericGrid, 'laptop': RelativeError, 'acam': SharedMasks,
     'prockd': Prototypes, 'granularity': Granularity, 'nd': DirectionAndNorm, 'infonce': Information,
     'lelp': Subclasses, 'committee': Committee, 'meal': Judged, 'surest': Surest, 'rightest': Rightest, 'mst': Gated,
     'weighted': Weighted}
