@@ -42,6 +42,7 @@ from ..models.teachers import Teacher, load_teacher
 from ..data.crops import Batch, Pixels
 from ..agglomeration.mosaic import mosaics_at
 from ..agglomeration.resolutions import teachers_at
+from ..agglomeration.sharp import sharp_teachers
 from ..agglomeration.spectral import reparametrize
 from .recipe import Recipe, teacher_names, teacher_weights
 from .stages import BatchPartition
@@ -147,7 +148,7 @@ def untrained_teachers(recipe:Recipe)->dict[str, Teacher]: # by name
 def bare_teachers(recipe:Recipe)->dict[str, Teacher]: # by name
     "The teachers of a recipe, without numbers. Raises `BadInput`."
     with architectures_only(): teachers = untrained_teachers(recipe)
-    return {name: without_numbers(teacher) for name, teacher in teachers.items()}
+    return sharp_teachers({name: without_numbers(teacher) for name, teacher in teachers.items()}, recipe.sharp)
 
 # %% ../../nbs/training/09_counting.ipynb #a1000022
 def blank_normalizer(method:str, width:int)->Normalizer: # a key of `METHODS`; width of the teacher's grid

@@ -153,6 +153,7 @@ class Learning(Task):
     sizes: tuple[AtLeast1, ...] = ()    # in place of `size`: sides, one drawn for each step (C-RADIOv4)
     flexible: tuple[str, ...] = ()      # teachers, by name, that see the size at which their grid is the student's
     mosaic: tuple[str, ...] = ()        # teachers, by name, that see several of the student's images on one canvas
+    sharp: tuple[str, ...] = ()         # teachers, by name, that see quarters of an image, too, for a finer grid
     method: Annotated[str, Among(METHODS)] = 'phi-s' # how targets are normalized and compared, see `methods`
     summary_loss: Literal['cosine', 'angle'] = 'cosine'  # angle: over each teacher's spread of directions (C-RADIOv4)
     balance: Literal['fixed', 'ada', 'uncertainty'] = 'fixed'  # how the teachers' losses are balanced

@@ -111,7 +111,8 @@ def check_recipe(recipe:Recipe)->tuple[StagePlan, ...]: # the stages, worked out
         raise BadInput('all summary_weights and spatial_weights are 0: there would be nothing to learn')
     check_rates(recipe)
     teacher_precisions(recipe, names, half=False)
-    for name in set(recipe.flexible) - set(names): raise unknown('teacher in flexible', name, names)
+    for field in ('flexible', 'sharp'):
+        for name in set(getattr(recipe, field)) - set(names): raise unknown(f'teacher in {field}', name, names)
     check_mosaic(recipe, names)
     plans = plan_stages(recipe, names)
     for part in (part for plan in plans for part in plan.parts):
@@ -141,6 +142,8 @@ def check_mosaic(recipe:Recipe, names:list[str]): # names: of the teachers
         if name not in names: raise unknown('teacher in mosaic', name, names)
         if name in recipe.flexible:
             raise BadInput(f'mosaic: teacher {name} is flexible, and sees each image alone; leave out one of the two')
+        if name in recipe.sharp:
+            raise BadInput(f'mosaic: teacher {name} is sharp, and sees quarters of one image; leave out one of the two')
     if recipe.mosaic and recipe.cache:
         raise BadInput('mosaic: a cache knows each crop alone, and not beside others; leave out one of the two')
     if recipe.mosaic and recipe.accumulate > 1:

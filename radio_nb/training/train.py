@@ -43,6 +43,7 @@ from ..data.crops import Batch, batches_ahead, dead_workers_named, first_readabl
 from ..data.files import Progress, Stopped, atomic_write, read_json, stop_flag, write_json
 from ..data.labelled import open_labelled
 from ..agglomeration.resolutions import teachers_at
+from ..agglomeration.sharp import sharp_teachers
 from ..agglomeration.spectral import plain_weights, reparametrize
 from ..listening.listeners import LISTENERS, Listening, needs_of, new_listener
 from .recipe import Recipe, check_names, difference, recipe_toml, teacher_names, teacher_weights
@@ -138,7 +139,7 @@ def prepare(
     home = best_device(recipe.teacher_device) if recipe.teacher_device else device
     teachers = {name: (inputs.teachers.get(name) or load_teacher(spec, name=name, seed=recipe.seed)).to(home)
                 for name, spec in teacher_names(recipe.teachers).items()}
-    teachers = teachers_at(last.size, teachers, recipe.flexible, recipe.stride)
+    teachers = teachers_at(last.size, sharp_teachers(teachers, recipe.sharp), recipe.flexible, recipe.stride)
     classifiers = load_classifiers(recipe, teachers, device)
     check_labels(recipe, images, classifiers)
     return Prepared(teachers, train, held, last.size, device, inputs.crop, classifiers)
