@@ -28,8 +28,6 @@ def test_its_grid_is_twice_as_fine(recipe):
     teachers = prepare(recipe).teachers
     assert teachers[LITE0].size == (128, 128) and grid_of(teachers[LITE0]) == (8, 8)
     assert grid_of(teachers['u2netp']) == (2, 2)
-    following = prepare(replace(recipe, flexible=(LITE0,))).teachers[LITE0]
-    assert following.size == (64, 64) and grid_of(following) == (4, 4)
 
 
 def test_a_batch_does_not_matter():
@@ -58,5 +56,7 @@ def test_a_cache_tells_it_from_the_teacher_as_it_is(recipe, tmp_path):
 def test_what_cannot_be_sharp_is_refused(recipe):
     with pytest.raises(BadInput, match="unknown teacher in sharp 'u2net': did you mean u2netp"):
         check_recipe(replace(recipe, sharp=('u2net',)))
+    with pytest.raises(BadInput, match=f'sharp: teacher {LITE0} is flexible, and can see large images at once'):
+        check_recipe(replace(recipe, flexible=(LITE0,)))
     with pytest.raises(BadInput, match='mosaic: teacher u2netp is sharp, and sees quarters of one image'):
         check_recipe(replace(recipe, sharp=('u2netp',), mosaic=('u2netp',)))

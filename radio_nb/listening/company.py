@@ -60,10 +60,14 @@ def region_losses(
     void:int=255,
 )->tuple[Tensor, Tensor]: # of the one and of the other, scalars
     "The same of regions: the share of each class in them, by squared error (after arXiv 2307.12574)."
-    counts = (labels != void)[:, None].float()
-    truth = F.one_hot(labels.where(labels != void, 0), x.shape[1]).movedim(-1, 1).float()
-    def shares(p): return F.avg_pool2d(p*counts, size)/F.avg_pool2d(counts, size).clamp(1e-6)
-    truth, p = shares(truth), [shares(at_least_float32(each).softmax(1)) for each in (x, y)]
+    p = [at_least_float32(each).softmax(1) for each in (x, y)]
+    counts = (labels != void)[:, None].to(p[0].dtype)
+    truth = F.one_hot(labels.where(labels != void, 0), x.shape[1]).movedim(-1, 1).to(p[0].dtype)
+    def pooled(x): return F.avg_pool2d(x, size, ceil_mode=True)
+    share, full = pooled(counts), pooled(counts)[:, 0] > 0
+    truth, *p = (pooled(each*counts)/share.clamp(1e-6) for each in (truth, *p))
     off = [(each - truth).square().sum(1) for each in p]
-    def loss(i): return ((p[i] - p[1 - i].detach()).square().sum(1)*(off[i] > off[1 - i])).mean()
+    def loss(i):
+        apart = (p[i] - p[1 - i].detach()).square().sum(1)*(off[i] > off[1 - i])
+        return apart[full].sum()/full.sum().clamp(1)
     return loss(0), loss(1)

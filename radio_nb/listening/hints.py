@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..targets.bad_input import BadInput
 from ..losses.losses import at_least_float32, same_grid
 from ..models.randomness import uniform
 from .lesson import Listener, Voice
@@ -73,6 +74,7 @@ class MaskedGeneration(Listener):
         holes:float=.65,                   # how likely a position is to be one
     ):
         super().__init__(widths, classes)
+        if not 0 <= holes < 1: raise BadInput(f'option holes is {holes}, but must be from 0 to below 1')
         self.holes = holes
         def generator(width):
             conv = [nn.Conv2d(width, width, 3, padding=1) for _ in range(2)]
@@ -109,5 +111,6 @@ class RelativeError(Listener):
     "The squared error of a grid, as a share of what there is in the teacher's (after LAPTOP-Diff, arXiv 2404.11098)."
     def losses(self, student, teacher, lesson):
         x, y, mask = meet(student, teacher)
-        error, energy = (grid.square().sum(-1).mul(mask).sum((1, 2)) for grid in (x - y, y))
-        return error/energy.clamp(1e-6)   # a teacher may have nothing to say of a grey image
+        error, energy = (grid.square().mean(-1).mul(mask).sum((1, 2)) for grid in (x - y, y))
+        floor = .01*mask.sum((1, 2)).clamp(1)   # a teacher may have next to nothing to say of a grey image
+        return error/energy.maximum(floor)

@@ -20,7 +20,8 @@ def surest_of_each(
 )->Tensor:                # rows, ascending, each once, int64
     "The images of which a teacher is surest, class by class (SSLD, arXiv 2103.05959). Raises `BadInput`."
     if k < 1: raise BadInput(f'{k} images of each class cannot be chosen')
-    return probabilities.topk(min(k, len(probabilities)), dim=0).indices.unique()
+    rows = probabilities.isfinite().all(1).nonzero()[:, 0]   # one that is not would be first of all
+    return rows[probabilities[rows].topk(min(k, len(rows)), dim=0).indices.unique()]
 
 def unlike(
     features:Tensor,   # of images, (n, C)
@@ -40,8 +41,8 @@ def both_sure(
 )->Tensor:             # rows, ascending, int64
     "The images that teacher and student together are sure of, by class (after KD³, arXiv 2307.11469)."
     confidence, named = ((teacher + student)/2).max(1)
-    keep = torch.zeros_like(named, dtype=torch.bool)
-    for of_class in (named == c for c in named.unique()):
+    keep, known = torch.zeros_like(named, dtype=torch.bool), confidence.isfinite()
+    for of_class in (known & (named == c) for c in named[known].unique()):
         bar = torch.quantile(confidence[of_class].double(), share)
         keep |= of_class & (confidence.double() >= bar)
     return keep.nonzero()[:, 0]
@@ -54,5 +55,5 @@ def mix_styles(
     "Feature maps with some of the style of others (after KD³, arXiv 2307.11469)."
     def style(y): return y.mean((2, 3), keepdim=True), y.var((2, 3), keepdim=True, correction=0).add(1e-6).sqrt()
     (mean, std), (their_mean, their_std) = style(x), style(other)
-    bare = (x - mean)/std
+    weight, bare = torch.as_tensor(weight, dtype=x.dtype, device=x.device), (x - mean)/std
     return bare*torch.lerp(their_std, std, weight) + torch.lerp(their_mean, mean, weight)

@@ -108,16 +108,18 @@ class HiddenAxes(nn.Module):
 
     @property
     def means(self)->Tensor: # (K, C)
-        "The mean summary of each class."
-        return self.sums/self.counts.clamp(1)[:, None]
+        "The mean summary of each class; of one without images that of all."
+        of_all = self.sums.sum(0)/self.counts.sum().clamp(1)
+        return torch.where(self.counts[:, None] > 0, self.sums/self.counts.clamp(1)[:, None], of_all)
 
     def fit(self):
-        "Find the directions."
-        cov = (self.second - self.sums.T @ self.means).double().cpu()/self.counts.sum().item()
+        "Find the directions, unless there are too few images of one class to show any."
+        cov, count = (self.second - self.sums.T @ self.means).double().cpu(), self.axes.shape[1]
         seen = torch.linalg.qr(self.weight[0].double().cpu().T).Q
         outside = torch.eye(len(cov), dtype=cov.dtype) - seen @ seen.T
-        variances, directions = eigenbasis(outside @ cov @ outside)
-        count = self.axes.shape[1]
+        images = self.counts.sum() - (self.counts > 0).sum()   # beyond the first of each class
+        variances, directions = eigenbasis(outside @ cov @ outside/images.clamp(1).item())
+        if images < 4*count or variances[count - 1] <= 1e-4*variances[0]: return
         with own_seed('axes of lelp'): turn = torch.linalg.qr(torch.randn(count, count, dtype=cov.dtype)).Q
         self.axes.copy_(directions[:, :count]/floored(variances)[:count].sqrt() @ turn)
 
@@ -138,6 +140,9 @@ class Subclasses(SoftLabels):
         temperature:float=4.,              # of the classes
     ):
         super().__init__(widths, classes, temperature)
+        if beta <= 0: raise BadInput(f'option beta of listener lelp is {beta}, but must be above 0')
+        if not 0 <= measured < 1:
+            raise BadInput(f'option measured of listener lelp is {measured}, but must be from 0 to below 1')
         self.names, self.parts, self.beta, self.measured = list(classes), parts, beta, measured
 
     def add_classifiers(self, classifiers):
@@ -157,4 +162,4 @@ class Subclasses(SoftLabels):
 
     def update(self, loss, progress):
         for hidden in self.hidden:
-            if progress >= self.measured and hidden.counts.sum() and not hidden.axes.any(): hidden.fit()
+            if progress >= self.measured and not hidden.axes.any(): hidden.fit()

@@ -113,6 +113,8 @@ def check_recipe(recipe:Recipe)->tuple[StagePlan, ...]: # the stages, worked out
     teacher_precisions(recipe, names, half=False)
     for field in ('flexible', 'sharp'):
         for name in set(getattr(recipe, field)) - set(names): raise unknown(f'teacher in {field}', name, names)
+    for name in set(recipe.sharp) & set(recipe.flexible):
+        raise BadInput(f'sharp: teacher {name} is flexible, and can see large images at once; leave out one of the two')
     check_mosaic(recipe, names)
     plans = plan_stages(recipe, names)
     for part in (part for plan in plans for part in plan.parts):
