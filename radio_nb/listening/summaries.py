@@ -127,6 +127,7 @@ class HiddenAxes(nn.Module):
         "How far each image is from each class's mean."
         return (summaries.to(self.axes.dtype) @ self.axes)[:, None] - self.means @ self.axes
 
+# %% ../../nbs/listening/04_summaries.ipynb #5d40118
 class Subclasses(SoftLabels):
     "Soft labels, and parts of classes that the teacher does not name (after LELP, arXiv 2409.20449)."
     needs, compares_images = ('logits', 'summary'), True
