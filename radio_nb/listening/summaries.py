@@ -114,12 +114,13 @@ class HiddenAxes(nn.Module):
 
     def fit(self):
         "Find the directions, unless there are too few images of one class to show any."
-        cov, count = (self.second - self.sums.T @ self.means).double().cpu(), self.axes.shape[1]
+        count, images = self.axes.shape[1], (self.counts.sum() - (self.counts > 0).sum()).item()   # beyond one of each
+        if images < 4*count: return
+        cov = (self.second - self.sums.T @ self.means).double().cpu()/images
         seen = torch.linalg.qr(self.weight[0].double().cpu().T).Q
         outside = torch.eye(len(cov), dtype=cov.dtype) - seen @ seen.T
-        images = self.counts.sum() - (self.counts > 0).sum()   # beyond the first of each class
-        variances, directions = eigenbasis(outside @ cov @ outside/images.clamp(1).item())
-        if images < 4*count or variances[count - 1] <= 1e-4*variances[0]: return
+        variances, directions = eigenbasis(outside @ cov @ outside)
+        if variances[count - 1] <= 1e-4*variances[0]: return
         with own_seed('axes of lelp'): turn = torch.linalg.qr(torch.randn(count, count, dtype=cov.dtype)).Q
         self.axes.copy_(directions[:, :count]/floored(variances)[:count].sqrt() @ turn)
 
