@@ -225,11 +225,11 @@ def test_a_fill_by_two_processes_goes_on_with_another_number_of_them(tmp_path, a
     for process in first.processes: process.kill()
     for process in first.processes: process.join()
     there = recorded(folder)
-    assert there == 32
+    assert 32 <= there < 40   # more where a machine is too busy to be asked in time
     second = Children(again, tmp_path/'second', fill_slowly, images, folder, batch_size)
     second.wait()
     seen = [json.loads(log.read_text().split('seen ')[1])['a'] for log in second.logs]
-    assert sum(seen) == again + 8   # a probe each, and what was not there
+    assert sum(seen) == again + 40 - there   # a probe each, and what was not there
     crops, expected = Crops(open_images(images), 32, views=4), teacher(ord('a'), 'a')
     found = fill({'a': expected}, crops, folder)['a']
     assert expected.counts == [1]
