@@ -94,17 +94,22 @@ class HiddenAxes(nn.Module):
         if width - classes < count:
             raise BadInput(f'listener lelp: a classifier of {classes} classes leaves {max(width - classes, 0)} of '
                            f'{width} directions unseen: set parts to no more, or leave out the listener')
-        self.weight = [classifier.weight]   # in a list, so that it is no part of this module
+        self.weight, self.ready = [classifier.weight], False   # in a list, so that it is no part of this module
         for name, shape in {'second': (width, width), 'sums': (classes, width), 'counts': (classes,),
                             'axes': (width, count)}.items(): self.register_buffer(name, torch.zeros(shape))
 
     def update(self, summaries:Tensor, named:Tensor): # (B, C); classes, (B,)
         "Take in a batch."
-        x = summaries.to(self.sums.dtype)[summaries.isfinite().all(1)]
-        named = named[summaries.isfinite().all(1)]
+        finite = summaries.isfinite().all(1)
+        x, named = summaries.to(self.sums.dtype)[finite], named[finite]
         self.second += x.T @ x
         self.sums.index_add_(0, named, x)
         self.counts.index_add_(0, named, torch.ones_like(x[:, 0]))
+
+    def found(self)->bool:
+        "Whether there are directions; a device is not asked again once there are."
+        self.ready = self.ready or bool(self.axes.any())
+        return self.ready
 
     @property
     def means(self)->Tensor: # (K, C)
@@ -155,7 +160,7 @@ class Subclasses(SoftLabels):
     def losses(self, student, teacher, lesson):
         i, loss = self.names.index(teacher.name), super().losses(student, teacher, lesson)
         hidden, p = self.hidden[i], at_least_float32(teacher.logits/self.temperature).softmax(1)
-        if not hidden.axes.any():
+        if not hidden.found():
             if self.training: hidden.update(teacher.summary.detach(), p.argmax(1))
             return loss
         target = (hidden(teacher.summary)/self.beta).log_softmax(2)
@@ -164,4 +169,4 @@ class Subclasses(SoftLabels):
 
     def update(self, loss, progress):
         for hidden in self.hidden:
-            if progress >= self.measured and not hidden.axes.any(): hidden.fit()
+            if progress >= self.measured and not hidden.found(): hidden.fit()
