@@ -20,7 +20,8 @@ from radio_nb.training.plan import plan_recipe
 from radio_nb.training.recipe import Recipe
 from radio_nb.training.run_folder import load_checkpoint
 from radio_nb.training.stages import check_recipe
-from radio_nb.training.train import go_on_from, run_recipe, saved_student
+from radio_nb.training.preparation import go_on_from, saved_student
+from radio_nb.training.train import run_recipe
 from radio_nb.training.trainer import retarget
 
 TEACHERS = {'clip': (24, 40), 'sam': (0, 16)}

@@ -20,10 +20,11 @@ from radio_nb.listening.listeners import LISTENERS, Listening
 from radio_nb.models.student import FROM_LABELS, Student
 from radio_nb.models.teachers import classifier_of
 from radio_nb.targets.bad_input import BadInput
+from radio_nb.training.preparation import Inputs, check_sizes, prepare
 from radio_nb.training.recipe import Listen, Recipe, parse_recipe, recipe_toml
 from radio_nb.training.run_folder import load_checkpoint
 from radio_nb.training.stages import check_recipe
-from radio_nb.training.train import Inputs, check_sizes, prepare, run_recipe
+from radio_nb.training.train import run_recipe
 
 LITE0 = 'efficientnet-lite0'
 OF_LOGITS = [name for name, listener in LISTENERS.items()

@@ -21,10 +21,11 @@ from radio_nb.targets.bad_input import BadInput
 from radio_nb.targets.features import Features
 from radio_nb.training.distributed import new_accelerator
 from radio_nb.training.plan import network_rows, plan_recipe
+from radio_nb.training.preparation import new_student
 from radio_nb.training.recipe import Partition, Recipe, Stage
 from radio_nb.training.stages import check_recipe
 from radio_nb.training.statistics import load_statistics, open_sources
-from radio_nb.training.train import new_student, run_recipe
+from radio_nb.training.train import run_recipe
 
 CPU = torch.device('cpu')
 

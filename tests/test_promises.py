@@ -22,9 +22,10 @@ from radio_nb.data.files import atomic_write, lock
 from radio_nb.front import cli
 from radio_nb.models.student import Student
 from radio_nb.targets.bad_input import BadInput
+from radio_nb.training.preparation import Inputs
 from radio_nb.training.recipe import Recipe, Stage
 from radio_nb.training.run_folder import load_checkpoint
-from radio_nb.training.train import Callbacks, Inputs, run_recipe
+from radio_nb.training.train import Callbacks, run_recipe
 
 
 @pytest.fixture(scope='module')

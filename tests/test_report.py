@@ -26,7 +26,7 @@ from radio_nb.front.report import (
 )
 from radio_nb.front.run_match import load_match, match_rows, match_run
 from radio_nb.targets.bad_input import BadInput
-from radio_nb.training.train import prepare
+from radio_nb.training.preparation import prepare
 
 nan = float('nan')
 

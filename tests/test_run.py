@@ -18,7 +18,7 @@ from radio_nb.models.zoo import photographs
 from radio_nb.targets.bad_input import BadInput
 from radio_nb.targets.features import height_width
 from radio_nb.training.distributed import new_accelerator
-from radio_nb.training.train import Inputs
+from radio_nb.training.preparation import Inputs
 from radio_nb.training.trainer import DistillStep, TrainState
 
 TINY = dict(size=32, steps=4, statistics_steps=2, batch_size=4, head_width=16, depth=1, checkpoint_every=2)

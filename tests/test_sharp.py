@@ -9,9 +9,10 @@ from radio_nb.agglomeration.resolutions import grid_of
 from radio_nb.agglomeration.sharp import sharp_teachers
 from radio_nb.models.teachers import load_teacher
 from radio_nb.targets.bad_input import BadInput
+from radio_nb.training.preparation import prepare
 from radio_nb.training.recipe import Recipe
 from radio_nb.training.stages import check_recipe
-from radio_nb.training.train import prepare, run_recipe
+from radio_nb.training.train import run_recipe
 
 LITE0 = 'efficientnet-lite0/-2'
 

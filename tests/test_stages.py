@@ -19,10 +19,11 @@ from radio_nb.targets.features import Features
 from radio_nb.targets.moments import Moments
 from radio_nb.targets.normalizers import Normalizer
 from radio_nb.training.distributed import new_accelerator
+from radio_nb.training.preparation import Inputs, new_distill_step, new_student
 from radio_nb.training.recipe import Partition, Recipe, Stage, read_recipe
 from radio_nb.training.stages import BatchPartition, StagePlan, plan_stages
 from radio_nb.training.statistics import Source, check_counts, load_normalizers, take_statistics
-from radio_nb.training.train import Inputs, new_distill_step, new_student, run_recipe
+from radio_nb.training.train import run_recipe
 from radio_nb.training.trainer import DistillStep, Trainer
 
 TOML = '''

@@ -25,7 +25,7 @@ from ..training.recipe import Recipe, difference, teacher_names
 from ..training.run_folder import check_inputs, open_recipe
 from ..training.stages import check_recipe
 from ..training.statistics import crop_sides, load_normalizers, statistics_file
-from ..training.train import best_device, teacher_fingerprint
+from ..training.preparation import best_device, teacher_fingerprint
 from ..evaluation.match import Constant
 from ..evaluation.decoders import decoder_reads
 from ..evaluation.scores import EvalData, Score, check_eval_data, load_scores, save_scores

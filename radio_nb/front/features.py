@@ -31,7 +31,7 @@ from ..data.feature_files import read_index, save_part
 from ..training.run_folder import recipe_of
 from ..training.stages import check_recipe
 from ..training.teacher_cache import weights_fingerprint
-from ..training.train import best_device
+from ..training.preparation import best_device
 from ..evaluation.suites import check_finite, own_features, student_eval_model, teacher_eval_model
 from ..evaluation.zero_shot import TextTower, best_labels, class_embeddings
 from .evaluate import load_own, open_run

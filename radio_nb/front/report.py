@@ -27,7 +27,7 @@ from ..data.crops import Crops, centre_crop, image_batches, resize
 from ..data.files import atomic_write, read_json
 from ..training.recipe import Recipe, recipe_toml
 from ..training.run_folder import read_metrics
-from ..training.train import Prepared
+from ..training.preparation import Prepared
 from ..evaluation.scores import Score, load_scores, score_table
 from .explore import similarity_html
 from .pictures import PCAColours, footnotes, html_figure, html_image, html_table, loss_curves

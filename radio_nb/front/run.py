@@ -33,8 +33,10 @@ from ..training.recipe import Recipe, difference, read_recipe
 from ..training.run_folder import check_inputs, finished, open_recipe, read_metrics
 from ..training.monitor import read_logs
 from ..training.stages import check_recipe
-from ..training.train import NOTHING, Callbacks, Inputs, Prepared, TrainingRun, fingerprints, ignore
-from ..training.train import prepare, run_recipe
+from ..training.preparation import NOTHING, Inputs, Prepared, fingerprints
+from ..training.train import Callbacks, TrainingRun, ignore
+from ..training.preparation import prepare
+from ..training.train import run_recipe
 from .pictures import html_table, loss_curves, match_curves
 from .run_match import MATCH_HEADER, MATCH_MEASURES, WhileTraining, load_match, match_rows, match_run
 from .run_match import text_table

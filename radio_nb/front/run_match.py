@@ -26,7 +26,8 @@ from ..data.streams import StreamedCrops, crop_stream
 from ..data.files import Progress, read_json, write_json
 from ..training.recipe import Recipe, teacher_names, teacher_weights
 from ..training.statistics import load_normalizers, statistics_file
-from ..training.train import Prepared, TrainingRun, last_normalizers, new_student
+from ..training.preparation import Prepared, last_normalizers, new_student
+from ..training.train import TrainingRun
 from ..evaluation.match import Constant, teacher_match
 from ..data.labelled import labelled_images
 from ..evaluation.scores import EvalData
