@@ -63,6 +63,12 @@ def test_with_weight_0_it_is_the_same_run(recipe, tmp_path):
     assert (without/'student.safetensors').read_bytes() == (silent/'student.safetensors').read_bytes()
 
 
+def test_a_teacher_may_have_a_listener_and_nothing_else(recipe, tmp_path):
+    found = run_recipe(replace(recipe, listen=(Listen('attention'),), spatial_weights=(0., 1.), teacher_dropout=.5,
+                               summary_weights=(0., 1.), out=str(tmp_path/'run')))
+    for line in lines(found): assert line['teachers'][LITE0].keys() == {'attention'}
+
+
 def test_a_ramp_says_how_much_counts(recipe, tmp_path):
     found = lines(run_recipe(replace(recipe, listen=(Listen('kd', 3., 'rising'),), out=str(tmp_path/'run'))))
     for done, line in enumerate(found):
@@ -112,7 +118,7 @@ def test_a_listener_whose_own_gradient_is_not_finite_ends_the_run(recipe, monkey
         def losses(self, student, teacher, lesson): return 0*student.summary.sum(1) + 0*self.root.sqrt()
     monkeypatch.setitem(LISTENERS, 'rooted', Rooted)
     own = replace(recipe, listen=(Listen('rooted'),), out=str(tmp_path/'run'))
-    with pytest.raises(BadInput, match='step 0: the norm of the gradient is nan'): run_recipe(own)
+    with pytest.raises(BadInput, match='step 1: the norm of the gradient is nan'): run_recipe(own)
 
 
 def test_a_listener_s_gradient_is_clipped(recipe, monkeypatch, tmp_path):

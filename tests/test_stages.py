@@ -1,6 +1,7 @@
 "Stages and the parts of a batch: what the command makes of them, and what their weights must add up to."
 import json
 import shutil
+import signal
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from radio_nb.data.crops import Batch, Crops, padded_crop, random_crop
+from radio_nb.data.files import Stopped
 from radio_nb.data.images import open_images
 from radio_nb.losses.multi_teacher import MultiTeacherLoss
 from radio_nb.models.student import Student
@@ -23,7 +25,7 @@ from radio_nb.training.preparation import Inputs, new_distill_step, new_student
 from radio_nb.training.recipe import Partition, Recipe, Stage, read_recipe
 from radio_nb.training.stages import BatchPartition, StagePlan, plan_stages
 from radio_nb.training.statistics import Source, check_counts, load_normalizers, take_statistics
-from radio_nb.training.train import run_recipe
+from radio_nb.training.train import Callbacks, run_recipe
 from radio_nb.training.trainer import DistillStep, Trainer
 
 TOML = '''
@@ -90,17 +92,28 @@ def test_stages_of_three_sizes_in_one_batch_run_from_a_file(staged):
     assert [part.size for part in parts] == [(224, 224), (160, 288), (512, 512)]
 
 
-@pytest.mark.parametrize('step', [2, 3, 4])
-def test_a_run_goes_on_at_a_boundary_to_the_same_bits(staged, tmp_path, step):
+@pytest.mark.parametrize('step, statistics', [(2, 'gone'), (2, 'damaged'), (3, 'there'), (4, 'there')])
+def test_a_run_goes_on_at_a_boundary_to_the_same_bits(staged, tmp_path, step, statistics):
     recipe, out, _ = staged
     again = replace(recipe, out=str(tmp_path/'run'))
     shutil.copytree(out, again.out)
     (tmp_path/'run'/'recipe.toml').write_text((out/'recipe.toml').read_text().replace(str(out), again.out))
     for name in ('student.safetensors', 'match.json', 'report.html'): (tmp_path/'run'/name).unlink()
     for later in range(step + 1, 7): (tmp_path/'run'/'checkpoints'/f'{later:08d}.pt').unlink()
-    if step == 2: (tmp_path/'run'/'statistics-2.safetensors').unlink()
+    measured = tmp_path/'run'/'statistics-2.safetensors'
+    if statistics == 'gone': measured.unlink()
+    if statistics == 'damaged': measured.write_bytes(measured.read_bytes()[:-100])
     run_recipe(again, resume=True)
     assert (tmp_path/'run'/'student.safetensors').read_bytes() == (out/'student.safetensors').read_bytes()
+
+
+def test_a_signal_while_the_last_checkpoint_of_a_stage_is_written_is_obeyed(tmp_path):
+    def stop(run):
+        if run.step == 2: signal.raise_signal(signal.SIGTERM)
+    recipe = Recipe(small_images(tmp_path/'images', 8), ('zoo:u2netp#64',), str(tmp_path/'run'), depth=1, head_width=32,
+                    size=64, batch_size=4, hold_out=2, statistics_steps=2, device='cpu', stages=(Stage(2), Stage(2)))
+    with pytest.raises(Stopped, match='stopped after step 2 of 4'):
+        run_recipe(recipe, callbacks=Callbacks(on_checkpoint=stop))
 
 
 def denormalized(student, name, normalizer, images):

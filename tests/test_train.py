@@ -90,7 +90,7 @@ def test_a_teacher_that_gives_nan_is_named_before_the_statistics_are_spoilt():
 
 
 def test_a_loss_that_is_not_finite_names_the_teacher():
-    with pytest.raises(BadInput, match='step 3: the spatial loss of teacher mad is nan'):
+    with pytest.raises(BadInput, match='step 4: the spatial loss of teacher mad is nan'):
         teachers = {'sane': {'summary': .1, 'spatial': .2}, 'mad': {'summary': .1, 'spatial': float('nan')}}
         check_finite({'step': 4, 'teachers': teachers})
 

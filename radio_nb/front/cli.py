@@ -62,6 +62,8 @@ def expand(
     for flag, value in zip(args, [*args[1:], '']):
         if flag == '--recipe': values = read_recipe(Path(value))
         if flag.startswith('--recipe='): values = read_recipe(Path(flag[9:]))
+    if 'demo' in args[1:2] and '--recipe' in typed:
+        raise BadInput('demo and --recipe are two recipes: leave one of them out')
     if values.get('stages') and '--steps' in typed:
         raise BadInput('--steps: the stages of the recipe say how many; change them in the file')
     return [args[0], *as_flags(values), *args[1:]]
@@ -145,7 +147,7 @@ def height_and_width(
 )->tuple[int, int]:
     "A size as it is typed. Raises `BadInput` for anything else."
     words = text.split('x')
-    if len(words) > 2 or not all(word.isdigit() and int(word) for word in words):
+    if len(words) > 2 or not all(word.isdecimal() and int(word) for word in words):
         raise BadInput(f'size {text!r} is neither a side such as 224 nor height and width such as 160x288')
     return int(words[0]), int(words[-1])
 

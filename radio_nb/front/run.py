@@ -6,8 +6,10 @@
 __all__ = ['as_teacher', 'named_teachers', 'as_dataset', 'Run', 'LiveCurves', 'free_folder', 'distill', 'opened']
 
 # %% ../../nbs/front/04_run.ipynb #1097214a
+import re
 import time
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import fields, replace
 from functools import cached_property
 from importlib.util import find_spec
@@ -33,10 +35,8 @@ from ..training.recipe import Recipe, difference, read_recipe
 from ..training.run_folder import check_inputs, finished, open_recipe, read_metrics
 from ..training.monitor import read_logs
 from ..training.stages import check_recipe
-from ..training.preparation import NOTHING, Inputs, Prepared, fingerprints
-from ..training.train import Callbacks, TrainingRun, ignore
-from ..training.preparation import prepare
-from ..training.train import run_recipe
+from ..training.preparation import NOTHING, Inputs, Prepared, fingerprints, prepare
+from ..training.train import Callbacks, TrainingRun, ignore, run_recipe
 from .pictures import html_table, loss_curves, match_curves
 from .run_match import MATCH_HEADER, MATCH_MEASURES, WhileTraining, load_match, match_rows, match_run
 from .run_match import text_table
@@ -93,7 +93,7 @@ def named_teachers(
         if isinstance(teacher, str): specs.append(teacher)
         else:
             name = name or getattr(teacher, 'name', '') or getattr(teacher, '__name__', '') or type(teacher).__name__
-            name = name.replace(':', '-').replace('@', '-')
+            name = re.sub('[:@#]', '-', name)   # which mean something in a spec
             if name in objects:
                 raise BadInput(f'two teachers are called {name}: give a dictionary with names of your own')
             objects[name] = as_teacher(teacher, name, size)
@@ -101,14 +101,22 @@ def named_teachers(
     return tuple(specs), objects
 
 # %% ../../nbs/front/04_run.ipynb #e8ac4bdb
+def _as_array(image):
+    "A tensor (3, H, W) as an array (H, W, 3)."
+    image = image.detach().movedim(0, -1).cpu()
+    return (image.float() if image.is_floating_point() else image).numpy()   # NumPy has no bfloat16
+
 def _as_picture(image):
     "A picture, or the path of one."
     if isinstance(image, Path): return str(image)
-    if isinstance(image, Tensor): image = image.movedim(0, -1).cpu().numpy()
+    if isinstance(image, Tensor): image = _as_array(image)
     if not isinstance(image, np.ndarray): return image
-    if image.dtype != np.uint8:
-        if image.min() < 0 or image.max() > 1: raise BadInput('images of floating point numbers must lie in [0, 1]')
-        image = (image*255).round().astype(np.uint8)
+    if image.dtype.kind == 'f':
+        if not (image.min() >= 0 and image.max() <= 1):   # nor is any of them NaN
+            raise BadInput('images of floating point numbers must lie in [0, 1]')
+        image = (image*255).round()
+    elif image.min() < 0 or image.max() > 255: raise BadInput('images of whole numbers must lie in 0 … 255')
+    image = image.astype(np.uint8)
     return Image.fromarray(image)
 
 def _with_labels(found, images):
@@ -182,7 +190,8 @@ class Run:
 
     def feature_maps(self, n:int=6): # a picture
         "Up to `n` images, and below each the features of every teacher and the student's for it."
-        return feature_maps(self.student.to(self.ready.device), self.ready, shown_images(self.recipe, self.ready), n)
+        student, images = deepcopy(self.student).to(self.ready.device), shown_images(self.recipe, self.ready)
+        return feature_maps(student, self.ready, images, n)
 
     def __str__(self): return text_table(MATCH_HEADER, match_rows(self.match))
     def __repr__(self): return f'Run({str(self.out)!r})'

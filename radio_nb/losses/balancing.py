@@ -54,7 +54,7 @@ class AdaLoss(nn.Module):
     def without_average(self,
         among:Collection[str]|None=None, # these terms; all by default
     )->set[str]:
-        "The terms that no step has had yet."
+        "The terms that have neither an average nor a stand-in yet."
         among = set(self.names if among is None else among)
         if not among <= self.known:   # else nothing is read from the device
             self.known = {name for name, steps in zip(self.names, self.steps.tolist()) if steps}
@@ -66,7 +66,7 @@ class AdaLoss(nn.Module):
         "Let these stand in for the averages that terms do not have yet."
         losses = self._stack(terms)
         self.average.copy_(torch.where((self.steps == 0) & losses.isfinite(), losses, self.average))
-        self.known |= terms.keys()
+        self.known |= {name for name, there in zip(self.names, losses.isfinite().tolist()) if there}
 
     def update(self,
         terms:dict[str, float|Tensor],  # of the whole step, by name; one that is missing or not finite changes nothing

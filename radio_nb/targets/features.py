@@ -41,7 +41,7 @@ def grid_mask(
     size:tuple[int, int], # of the grid of a model that saw all of it, (H, W)
 )->Tensor:                # (B, H, W) bool
     "The positions of a grid whose patch is image and nothing else."
-    return F.adaptive_max_pool2d((~mask).float()[:, None], size)[:, 0] == 0
+    return F.adaptive_max_pool2d(mask.logical_not().float()[:, None], size)[:, 0] == 0
 
 def grid_masks(
     masks:Tensor|None,             # of a batch, as `grid_mask` takes them; None where there is no padding

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FLOOR', 'eigenbasis', 'floored', 'fit_none', 'fit_global', 'fit_standardize', 'fit_pca', 'fit_zca', 'multiply',
-           'in_slices', 'Normalizer', 'normalizer_from']
+           'matmuls_in', 'in_slices', 'Normalizer', 'normalizer_from']
 
 # %% ../../nbs/targets/04_normalizers.ipynb #93b6505b
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +86,16 @@ def multiply(
     return F.linear(y, weight) if weight.ndim == 2 else y*weight
 
 # %% ../../nbs/targets/04_normalizers.ipynb #3dd6b83f
+@contextmanager
+def matmuls_in(
+    precision:str,    # 'highest', or 'high' where a GPU may take TF32
+)->Iterator[None]:
+    "Within it products of float32 matrices have this precision; afterwards the one from before."
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try: yield
+    finally: torch.set_float32_matmul_precision(before)
+
 def in_slices(
     f,              # maps (n, C) to (n, C), row by row
     y:Tensor,       # (..., C), of a floating dtype

@@ -49,11 +49,12 @@ def new_classifier(
 
 # %% ../../nbs/training/12_control.ipynb #c0n70012
 # for other settings there is no control
-PLAIN = {'stages': (), 'sizes': (), 'accumulate': 1, 'ema': 0., 'spectral': False, 'precision': 'float32'}
+PLAIN = {'stages': (), 'sizes': (), 'accumulate': 1, 'ema': 0., 'spectral': False, 'precision': 'float32', 'init': '',
+         'shift': 0, 'damp': 0., 'heads_only': 0}
 
 def learn_from_labels(
     recipe:Recipe,    # whose images have classes; what it says of teachers and losses is not used
-    crop_size:int,    # side of the crops: of the largest that its teachers or its student look at
+    crop_size:int|tuple[int, int], # of the crops: of the largest that its teachers or its student look at
     limit:int=0,      # images to learn from, the first of them; 0 for all
 )->Classifier:        # in evaluation mode
     """What the backbone of a recipe's student learns from labels, in as many steps. Raises `BadInput` for images

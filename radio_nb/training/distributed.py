@@ -10,9 +10,10 @@ __all__ = ['LAUNCHED', 'shard', 'new_accelerator', 'shard_of', 'distribute', 'gr
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -51,9 +52,11 @@ def new_accelerator(
         raise BadInput(f'{here} processes on this machine are too many for its GPUs, of which there are '
                        f'{torch.cuda.device_count()}: start one for each, or add --device cpu')
     how = DistributedDataParallelKwargs(find_unused_parameters=unused)
+    # the others wait while the first process fits modules, evaluates, or does what a callback of the user's does
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
     # Accelerate keeps a device for as long as Python runs, and a process that nobody launched may want another one next
     cpu = device.type == 'cpu' and not LAUNCHED.isdisjoint(os.environ)
-    return Accelerator(cpu=cpu, device_placement=False, kwargs_handlers=[how], **tracking)
+    return Accelerator(cpu=cpu, device_placement=False, kwargs_handlers=[how, patience], **tracking)
 
 def shard_of(accelerator:Accelerator)->dict[str, int]:
     "Which shard of a batch this process has, as `image_batches` and `rng_shard` take it."

@@ -87,13 +87,13 @@ class StepLog(Mapping):
             level[last] = value
         return line | self.more | ({'seconds': seconds(self.marks)} if self.marks else {})
 
-    def __getitem__(self, key): return read_logs([self])[0][key]
-    def __iter__(self): return iter(read_logs([self])[0])
-    def __len__(self): return len(read_logs([self])[0])
+    def __getitem__(self, key): return next(read_logs([self]))[key]
+    def __iter__(self): return iter(next(read_logs([self])))
+    def __len__(self): return len(next(read_logs([self])))
 
 def check_finite(line:dict): # from `read_logs`
     "Raise `BadInput` for a step that could teach nothing; it names the teacher."
-    step = line['step'] - 1
+    step = line['step']
     for name, kinds in line.get('teachers', {}).items():
         for kind, value in kinds.items():
             if not isfinite(value):
@@ -103,14 +103,14 @@ def check_finite(line:dict): # from `read_logs`
         raise BadInput(f'step {step}: the norm of the gradient is {line["gradient"]}; '
                        'try a lower lr, or precision float32')
 
-def read_logs(logs:list[StepLog])->list[dict]: # of the same device
-    "The lines of some steps, read in one transfer. Raises `BadInput` for the first that is not finite."
+def read_logs(logs:list[StepLog])->Iterator[dict]: # of the same device
+    "The lines of some steps, read in one transfer. Raises `BadInput` at the first that is not finite."
     waiting = [log for log in logs if log.numbers is None]
     values = iter(torch.cat([log.values for log in waiting]).tolist() if waiting else [])
     for log in waiting: log.numbers, log.values = [next(values) for _ in log.names], None
-    lines = [log.line() for log in logs]
-    for line in lines: check_finite(line)
-    return lines
+    for log in logs:
+        check_finite(log.line())
+        yield log.line()
 
 # %% ../../nbs/training/06_monitor.ipynb #7e3c83ea
 def gradient_norms(

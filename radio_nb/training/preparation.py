@@ -135,7 +135,7 @@ def new_student(
     widths:dict[str, tuple[int, int]], # of every teacher's summary and grid
     classes:dict[str, int]|None=None,  # how many a teacher names, where the student is to name them as it does
 )->Student:
-    "The student of a recipe before its first step; always the same for the same recipe."
+    "The student of a recipe before its first step; always the same for the same recipe. Seeds torch's generators."
     torch.manual_seed(recipe.seed)
     summary_weights, _ = teacher_weights(recipe, list(widths))
     widths = {name: (summary if summary_weights[name] else 0, spatial) for name, (summary, spatial) in widths.items()}
@@ -162,7 +162,11 @@ def new_distill_step(recipe:Recipe, student:Student, out:Path, classifiers:dict[
 # %% ../../nbs/training/08_preparation.ipynb #cd5a1f01
 def check_sizes(recipe:Recipe, plan:tuple[StagePlan, ...], student:Student, processes:int):
     "Raise `BadInput` for images that the student cannot see, and for batches that cannot be divided."
-    patch = student.backbone.patch
+    patch, stride = student.backbone.patch, student.backbone.stride
+    for field in ('shift', 'flexible'):
+        if getattr(recipe, field) and stride != (recipe.stride or 16):
+            raise BadInput(f'{field}: a position of this student stands for {stride} pixels, not 16; say so: add '
+                           f'--stride {stride}')
     if recipe.mosaic and processes > 1:
         raise BadInput(f'mosaic: {processes} processes would have other mosaics than one; start one, or leave it out')
     for line in recipe.listen:
@@ -230,7 +234,8 @@ def go_on_from(
     normalizers:dict[str, Normalizer], # of the first targets
 ):
     "Take over the weights of a saved student, its heads to give normalized features again."
-    student.load_state_dict(saved.state_dict(), strict=False)   # it was saved without a neck
+    missing, strange = student.load_state_dict(saved.state_dict(), strict=False)
+    assert not strange and all(name.startswith('neck.') for name in missing)   # it was saved without a neck
     for name, head in zip(student.config['teachers'], student.spatial_heads):
         if name in normalizers: retarget(head[-1], identity(head[-1].out_features), normalizers[name])
 
@@ -246,7 +251,7 @@ def labels_fingerprint(images:Dataset)->str: # images: with a column `label`
     return fingerprint({'label': torch.tensor(images['label'][:])})
 
 def fingerprints(recipe:Recipe, ready:Prepared)->dict[str, str]:
-    "Fingerprints of all that a run reads, by what it is."
+    "Fingerprints of images, crop, labels and teachers, by what they are."
     found = {f'images {recipe.images}': f'{images_fingerprint(ready.train)} {images_fingerprint(ready.held)}',
              'the crop': f'{ready.crop.__module__}.{getattr(ready.crop, "__qualname__", type(ready.crop).__name__)}'}
     if 'labels' in needs_of(recipe.listen): found['labels'] = labels_fingerprint(ready.train)
@@ -259,6 +264,6 @@ def began_alike(recipe:Recipe, inputs:dict[str, str], out:Path)->bool: # inputs:
     except (BadInput, AttributeError): return False   # damaged, or not there
 
 def check_readable(images:Dataset|IterableDataset):
-    "Raise `BadInput` where no image can be read, before anything is measured."
+    "Raise `BadInput` where none of the first images can be read, before anything is measured."
     rows = ((str(row['image'] and row['image']['path']), row['image']) for row in images)
     first_readable(rows, lambda image: image)

@@ -196,7 +196,7 @@ class Learning(Task):
 @dataclass(frozen=True)
 class Recipe(Learning):
     "What to distil, and how."
-    precision: Precision = 'float32'    # of the student's matrix products
+    precision: Precision = 'float32'    # of the student's matrix products; float32 is TF32 where a GPU has it
     teacher_precision: tuple[Precision, ...] = ()  # of the teachers', one for all or each; none: what suits the device
     checkpoint_activations: bool = False # keep only what goes into a block, and compute the block again; saves memory
     shard: bool = False                 # whether each process holds a shard of the weights (FSDP), or a copy (DDP)
@@ -274,7 +274,7 @@ def _table(cls, table):
 
 # %% ../../nbs/training/00_recipe.ipynb #56aafe16
 _may_differ = {'out', 'device', 'teacher_device', 'workers', 'log_every', 'checkpoint_every', 'keep', 'watch_every',
-               'trackers', 'project', 'evaluate_every', 'evaluate_train', 'evaluate_test'}
+               'trackers', 'project', 'evaluate_every', 'evaluate_train', 'evaluate_test', 'checkpoint_activations'}
 
 def difference(
     recipe:Recipe,

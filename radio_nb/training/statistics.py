@@ -275,7 +275,7 @@ def check_counts(recipe:Recipe, name:str, spatial:Moments): # of a teacher's gri
 # %% ../../nbs/training/05_statistics.ipynb #378093b2
 def save_statistics(recipe:Recipe, plan:StagePlan, statistics:dict[str, Statistics], out:Path, device:torch.device):
     "Fit normalizers, and modules where the recipe has them, and write them with the statistics."
-    tensors, curves = load_statistics(out) if plan.first else {}, {}
+    tensors, curves = load_statistics(out, plan.first - 1) if plan.first else {}, {}   # of the stages before
     summary_weights, _ = teacher_weights(recipe, list(teacher_names(recipe.teachers)))
     for name, (spatial, summary, sample, directions) in statistics.items():
         check_counts(recipe, name, spatial)

@@ -25,6 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ..targets.bad_input import BadInput
+from ..targets.normalizers import matmuls_in
 from ..models.student import FROM_LABELS, Student, remove_neck
 from ..models.tensor_files import load_tensors
 from ..data.crops import Batch, batches_ahead, dead_workers_named
@@ -182,8 +183,8 @@ def evaluate_student(run:TrainingRun)->dict:
     "What is added to the log when it is time to evaluate the student: also after the last step."
     due = run.recipe.evaluate_every and (run.step % run.recipe.evaluate_every == 0 or run.step == run.total)
     if not due or not run.main: return {}
-    read_logs([*run.unread, run.log])   # of weights that are no numbers anything may be measured
-    with run.trainer.timer('evaluation'), random_state_kept(run.trainer.device):
+    list(read_logs([*run.unread, run.log]))   # raises if a step went wrong: a student of NaN must not be measured
+    with run.trainer.timer('evaluation'), random_state_kept(run.trainer.device), matmuls_in('highest'):
         student = run.student_now()
         found = run.callbacks.evaluate(run, student)
         if run.recipe.keep_best: keep_best(run, student, found)
@@ -193,16 +194,20 @@ def evaluate_student(run:TrainingRun)->dict:
 def write_logs(run:TrainingRun, metrics): # metrics: the open file, of the first process
     "Read what the steps since the last time have to say, and write it down. Raises `BadInput` where one went wrong."
     logs, run.unread = run.unread, []
-    for line in read_logs(logs):
+    for line in read_logs(logs):   # those before the first that went wrong are written
         run.loss = line['loss']
         if run.main: metrics.write(json.dumps(line) + '\n')
         if run.recipe.trackers: run.accelerator.log(flatten_metrics(line), step=line['step'])
 
-def asked_to_stop(run:TrainingRun, signals:list)->tuple[bool, bool]: # signals: that have come to this process
+def asked_to_stop(
+    run:TrainingRun,
+    signals:list,   # that have come to this process
+    must:bool,      # whether to ask the others even where that means to wait for a GPU
+)->tuple[bool, bool]:
     "Whether any process was sent a signal, and whether a callback wants the run to end."
     asked = len(signals), int(run.stop_asked)
     if run.accelerator.num_processes > 1:
-        if run.trainer.device.type != 'cpu' and run.step % run.recipe.log_every: return False, False
+        if run.trainer.device.type != 'cpu' and not must: return False, False
         asked = run.accelerator.reduce(torch.tensor(asked, device=run.trainer.device), 'sum').tolist()
     return bool(asked[0]), bool(asked[1])
 
@@ -220,17 +225,18 @@ def train_stage(run:TrainingRun, plan:StagePlan):
             evaluated = evaluate_student(run)
             run.unread.append(run.log.add(trainer.timer.lap(), **evaluated))
             if run.main: run.callbacks.on_step(run)
-            stopping, ended = asked_to_stop(run, signals)
-            saving = stopping or ended or trainer.step % recipe.checkpoint_every == 0 or trainer.step == plan.last
-            if saving or trainer.step % recipe.log_every == 0: write_logs(run, metrics)
+            last, reading = trainer.step == plan.last, trainer.step % recipe.log_every == 0
+            stopping, ended = asked_to_stop(run, signals, last or reading)
+            saving = stopping or ended or last or trainer.step % recipe.checkpoint_every == 0
+            if saving or reading: write_logs(run, metrics)
             progress(trainer.step, f'loss {run.loss:.3f}' if isfinite(run.loss) else '')   # none has been read yet
             if run.writer.done(): run.see_written()
             if saving: run.checkpoint(ended)
-            if ended: break
-            if stopping and trainer.step < run.total:
-                run.see_written()
-                raise Stopped(f'stopped after step {trainer.step} of {run.total}; add --resume to go on')
+            if ended or stopping: break
+        stopping, ended = asked_to_stop(run, signals, True)   # also while the last checkpoint was written
     run.see_written()
+    if stopping and not ended and trainer.step < run.total:
+        raise Stopped(f'stopped after step {trainer.step} of {run.total}; add --resume to go on')
 
 # %% ../../nbs/training/09_train.ipynb #071dd3a6
 def begin(run:TrainingRun):
@@ -261,7 +267,7 @@ def export_best(run:TrainingRun):
     "Write the best student into a run folder of its own, and which one it is."
     recipe, out, best, folder = run.recipe, run.out, run.best, run.out/'best'
     folder.mkdir(exist_ok=True)
-    for path in (out/'recipe.toml', out/'inputs.json', statistics_file(out, best['step'])):
+    for path in (out/'recipe.toml', out/'inputs.json', statistics_file(out, best['step'] - 1)):
         shutil.copyfile(path, folder/('statistics.safetensors' if path.suffix == '.safetensors' else path.name))
     student = remove_neck(new_student(recipe, run.widths, run.classes))
     student.load_state_dict(best['weights'])
@@ -295,10 +301,12 @@ def run_recipe(
     tracking = dict(log_with=list(recipe.trackers) or None, project_dir=out)
     device = best_device(recipe.device)
     accelerator = new_accelerator(device, bool(uneven), **tracking)
-    if device.type == 'cuda': torch.set_float32_matmul_precision('high')   # TF32 for what stays in float32
+    if device.type == 'cuda' and device.index is not None and accelerator.num_processes == 1:
+        torch.cuda.set_device(device)   # marks in time, and copies to wait for, are of the current device
+    products = matmuls_in('high') if device.type == 'cuda' else nullcontext()   # TF32 for what stays in float32
     ready = prepare(recipe, accelerator.device if accelerator.num_processes > 1 else None, inputs)
     check_readable(ready.train)
-    with folder_lock(out, accelerator), dead_workers_named():
+    with folder_lock(out, accelerator), dead_workers_named(), products:
         check_folder(recipe, resume)   # somebody may have been here meanwhile
         run = TrainingRun(recipe, plan, ready, accelerator, out, callbacks)
         begin(run)

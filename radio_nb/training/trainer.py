@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..targets.features import Features, grid_masks
 from ..targets.bad_input import BadInput
-from ..targets.normalizers import Normalizer, multiply
+from ..targets.normalizers import Normalizer, matmuls_in, multiply
 from ..losses.balancing import BETAS
 from ..losses.multi_teacher import MultiTeacherLoss
 from ..models.randomness import rng_shard
@@ -54,7 +54,8 @@ def normalize_targets(
 )->dict[str, Features]:
     "Teacher features with normalized grids. Raises `BadInput` where a grid has another width than it had."
     for name, (_, spatial) in features.items(): check_width(step, name, spatial, normalizers[name])
-    return {name: Features(summary, normalizers[name](spatial)) for name, (summary, spatial) in features.items()}
+    with matmuls_in('highest'):
+        return {name: Features(summary, normalizers[name](spatial)) for name, (summary, spatial) in features.items()}
 
 # %% ../../nbs/training/07_trainer.ipynb #453c5d74
 def with_student(
@@ -345,8 +346,8 @@ def after_step(trainer, losses:dict[str, dict[str, Tensor]]): # losses: scalars 
     listening = trainer.distill_step.listening
     others = {line.name for line in listening.lines} if listening else ()   # they have weights of their own
     trainer.loss.update(losses)
-    trainer.last_losses = {name: sum(loss for kind, loss in kinds.items() if kind not in others)
-                           for name, kinds in losses.items()}
+    found = {name: [loss for kind, loss in kinds.items() if kind not in others] for name, kinds in losses.items()}
+    trainer.last_losses = {name: sum(own) for name, own in found.items() if own}   # some have listeners alone
     if listening: listening.update(losses, progress(trainer))
 
 # %% ../../nbs/training/07_trainer.ipynb #ab611f29
@@ -374,10 +375,14 @@ class Trainer:
         if self.recipe.compile:
             for normalizer in self.normalizers.values(): normalizer.compile(backend=self.recipe.compile, dynamic=False)
 
+    def seed(self)->int:
+        "What all random numbers of the next step are drawn from."
+        return self.recipe.seed*1_000_003 + self.step
+
     def __call__(self, *batches:Batch)->StepLog: # one from each source, this process's images
         "Learn from one batch; gives its line for the log, and waits for nothing."
         recipe, accelerator, terms = self.recipe, self.accelerator, []
-        seed = recipe.seed*1_000_003 + self.step
+        seed = self.seed()
         losses = {name: loss for name, loss in self.last_losses.items() if name in self.names}
         active = teacher_dropout(losses, list(self.normalizers), recipe.teacher_dropout, seed)
         self.student.heads_only = self.step < recipe.heads_only
@@ -413,7 +418,7 @@ class Trainer:
 def teacher_gradient_norms(trainer:Trainer, batches:tuple[Batch, ...])->dict[str, float]:
     "The norm of each teacher's gradient on the backbone, averaged over the processes."
     recipe, accelerator = trainer.recipe, trainer.accelerator
-    norms, micros = {}, microbatches(trainer.sources, batches, recipe.accumulate, trainer.step, accelerator)
+    norms, micros = {}, microbatches(trainer.sources, batches, recipe.accumulate, trainer.seed(), accelerator)
     first_averages(trainer, micros)
     for micro in micros:
         part = micro.source.part
