@@ -244,7 +244,7 @@ def test_who_compares_images_wants_the_batch_whole(recipe, monkeypatch):
     assert check_recipe(own)
     with pytest.raises(BadInput, match='listener comparing compares the images of a batch, .* leave out --accumulate'):
         check_recipe(replace(own, accumulate=2))
-    student = SimpleNamespace(backbone=SimpleNamespace(patch=16))
+    student = SimpleNamespace(backbone=SimpleNamespace(patch=16, stride=16))
     check_sizes(own, (), student, 1)
     with pytest.raises(BadInput, match='which 2 processes would divide: start one'): check_sizes(own, (), student, 2)
 

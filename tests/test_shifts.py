@@ -125,3 +125,10 @@ def test_a_pattern_is_found_in_whatever_units_and_place():
     found = fixed_pattern(7 + 3*(grids + marks))
     assert_close(found, fixed_pattern(grids + marks))
     assert (found[0] > 2*found[1:].max()).all() and abs(fixed_pattern(grids).mean()) < 3e-3
+
+
+def test_a_student_of_another_stride_must_say_so(tmp_path):
+    recipe = Recipe('zoo:photos', ('zoo:u2netp#64',), str(tmp_path/'run'), student='vit_small_patch8_224', depth=1,
+                    size=64, steps=2, device='cpu', shift=1)
+    with pytest.raises(BadInput, match='shift: a position of this student stands for 8 pixels, .* add --stride 8'):
+        run_recipe(recipe)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_width', 'normalize_targets', 'with_student', 'DistillStep', 'Microbatch', 'microbatches', 'log_terms',
            'reduce_terms', 'teacher_terms', 'retarget', 'clip', 'skip_broken', 'TrainState', 'draw_window',
-           'average_grid', 'microbatch_loss', 'first_averages', 'progress', 'after_step', 'Trainer',
+           'average_grid', 'microbatch_loss', 'first_averages', 'progress', 'step_seed', 'after_step', 'Trainer',
            'teacher_gradient_norms']
 
 # %% ../../nbs/training/07_trainer.ipynb #ed4a9115
@@ -341,6 +341,10 @@ def progress(trainer)->float:
     "Share of the run that is done."
     return trainer.step/(sum(stage.steps for stage in trainer.recipe.stages) or trainer.recipe.steps)
 
+def step_seed(trainer)->int:
+    "What all random numbers of the next step are drawn from."
+    return trainer.recipe.seed*1_000_003 + trainer.step
+
 def after_step(trainer, losses:dict[str, dict[str, Tensor]]): # losses: scalars by teacher and kind
     "Tell all who remember losses what they were: once for a step, of all microbatches, partitions and processes."
     listening = trainer.distill_step.listening
@@ -375,14 +379,10 @@ class Trainer:
         if self.recipe.compile:
             for normalizer in self.normalizers.values(): normalizer.compile(backend=self.recipe.compile, dynamic=False)
 
-    def seed(self)->int:
-        "What all random numbers of the next step are drawn from."
-        return self.recipe.seed*1_000_003 + self.step
-
     def __call__(self, *batches:Batch)->StepLog: # one from each source, this process's images
         "Learn from one batch; gives its line for the log, and waits for nothing."
         recipe, accelerator, terms = self.recipe, self.accelerator, []
-        seed = self.seed()
+        seed = step_seed(self)
         losses = {name: loss for name, loss in self.last_losses.items() if name in self.names}
         active = teacher_dropout(losses, list(self.normalizers), recipe.teacher_dropout, seed)
         self.student.heads_only = self.step < recipe.heads_only
@@ -418,7 +418,7 @@ class Trainer:
 def teacher_gradient_norms(trainer:Trainer, batches:tuple[Batch, ...])->dict[str, float]:
     "The norm of each teacher's gradient on the backbone, averaged over the processes."
     recipe, accelerator = trainer.recipe, trainer.accelerator
-    norms, micros = {}, microbatches(trainer.sources, batches, recipe.accumulate, trainer.seed(), accelerator)
+    norms, micros = {}, microbatches(trainer.sources, batches, recipe.accumulate, step_seed(trainer), accelerator)
     first_averages(trainer, micros)
     for micro in micros:
         part = micro.source.part
