@@ -11,8 +11,10 @@ from datasets import Dataset
 from PIL import Image
 from torch import nn
 
+from radio_nb.data.crops import Crops, centre_crop
 from radio_nb.data.files import hours_minutes_seconds
 from radio_nb.front.evaluate import compare_folders, open_run
+from radio_nb.front.run import as_dataset
 from radio_nb.front.run_match import load_match, match_run
 from radio_nb.models.zoo import photographs
 from radio_nb.targets.bad_input import BadInput
@@ -176,3 +178,15 @@ def test_the_report_escapes_what_a_user_wrote(tmp_path):
 
 def test_a_clock_goes_beyond_a_day():
     assert hours_minutes_seconds(55.5*3600) == '55:30:00' and hours_minutes_seconds(59.9) == '00:00:59'
+
+
+@pytest.mark.parametrize('image, value', [(np.full((8, 8, 3), 200), 200), (np.full((8, 8, 3), .5), 128),
+                                          (torch.full((3, 8, 8), .5, dtype=torch.bfloat16, requires_grad=True), 128)])
+def test_images_are_bytes_or_from_0_to_1(image, value):
+    crop = Crops(as_dataset([image]), 8, crop=centre_crop)[0].image
+    assert crop.shape == (3, 8, 8) and (crop == value).all()
+
+
+@pytest.mark.parametrize('value, wrong', [(np.nan, 'floating point'), (1.5, 'floating point'), (300, 'whole numbers')])
+def test_images_of_other_numbers_are_refused(value, wrong):
+    with pytest.raises(BadInput, match=f'images of {wrong}'): as_dataset([np.full((8, 8, 3), value)])
