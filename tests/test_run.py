@@ -180,13 +180,13 @@ def test_a_clock_goes_beyond_a_day():
     assert hours_minutes_seconds(55.5*3600) == '55:30:00' and hours_minutes_seconds(59.9) == '00:00:59'
 
 
-@pytest.mark.parametrize('image, value', [(np.full((8, 8, 3), 200), 200), (np.full((8, 8, 3), .5), 128),
-                                          (torch.full((3, 8, 8), .5, dtype=torch.bfloat16, requires_grad=True), 128)])
+@pytest.mark.parametrize('image, value', [(np.full((32, 32, 3), 200), 200), (np.full((32, 32, 3), .5), 128),
+                                          (torch.full((3, 32, 32), .5, dtype=torch.bfloat16, requires_grad=True), 128)])
 def test_images_are_bytes_or_from_0_to_1(image, value):
-    crop = Crops(as_dataset([image]), 8, crop=centre_crop)[0].image
-    assert crop.shape == (3, 8, 8) and (crop == value).all()
+    crop = Crops(as_dataset([image]), 32, crop=centre_crop)[0].image
+    assert crop.shape == (3, 32, 32) and (crop == value).all()
 
 
 @pytest.mark.parametrize('value, wrong', [(np.nan, 'floating point'), (1.5, 'floating point'), (300, 'whole numbers')])
 def test_images_of_other_numbers_are_refused(value, wrong):
-    with pytest.raises(BadInput, match=f'images of {wrong}'): as_dataset([np.full((8, 8, 3), value)])
+    with pytest.raises(BadInput, match=f'images of {wrong}'): as_dataset([np.full((32, 32, 3), value)])
