@@ -40,6 +40,7 @@ def save_tensors(
     try:
         # a file of `save_file` can be read by its owner alone
         part.write_bytes(save(whole, texts | {'fingerprint': fingerprint(whole)}))
+        with open(part, 'rb+') as file: os.fsync(file.fileno())   # on the disk before it takes its name
         os.replace(part, path)
     except OSError as e:
         part.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ..targets.bad_input import BadInput
-from ..data.files import atomic_write, lock, read_json
+from ..data.files import atomic_write, lock, read_json, to_disk
 from .recipe import Recipe, difference, parse_recipe, read_recipe
 
 # %% ../../nbs/training/01_run_folder.ipynb #cbc6a686
@@ -41,6 +41,7 @@ def save_checkpoint(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(state, part)
+        to_disk(part)
     except (OSError, RuntimeError) as e:   # RuntimeError is how torch says that the disk is full
         with suppress(OSError): part.unlink()
         before = checkpoints(folder)[-1] if checkpoints(folder) else 'none'
