@@ -256,4 +256,5 @@ def test_the_command_refuses(refused):
     assert 'no such folder' in refused('distill', '--recipe', 'am-radio-h', '--images', '/not/here', '--out', 'x')
     for command in ('plan', 'distill'):
         assert 'packaged: am-radio-h' in refused(command, '--recipe', 'am-radio-x')
+        assert 'demo and --recipe are two recipes' in refused(command, 'demo', '--recipe', 'am-radio-h')
         assert 'no such recipe: am-radio-x.toml' in refused(command, '--recipe', 'am-radio-x.toml')

@@ -108,9 +108,9 @@ def read_logs(logs:list[StepLog])->Iterator[dict]: # of the same device
     waiting = [log for log in logs if log.numbers is None]
     values = iter(torch.cat([log.values for log in waiting]).tolist() if waiting else [])
     for log in waiting: log.numbers, log.values = [next(values) for _ in log.names], None
-    for log in logs:
-        check_finite(log.line())
-        yield log.line()
+    for line in (log.line() for log in logs):
+        check_finite(line)
+        yield line
 
 # %% ../../nbs/training/06_monitor.ipynb #7e3c83ea
 def gradient_norms(
