@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from children import differences_by_division, same_after_a_break
-from datasets import ClassLabel
+from datasets import ClassLabel, Dataset
 from test_together import labelled_parquet
 from torch.testing import assert_close
 
 import radio_nb
-from radio_nb.data.labelled import open_labelled
+from radio_nb.data.labelled import labelled_images, open_labelled
 from radio_nb.listening.lesson import Lesson, Listener, Voice
 from radio_nb.listening.listeners import LISTENERS, Listening
 from radio_nb.models.student import FROM_LABELS, Student
@@ -154,6 +154,50 @@ def test_labels_travel_with_their_images(recipe):
     assert 'label' not in prepare(replace(recipe, listen=(Listen('kd'),))).train.column_names
 
 
+def test_images_without_a_class_are_learned_from_by_who_needs_none(recipe, tmp_path):
+    rows = Dataset.from_parquet(recipe.images)
+    def with_labels(labels, name):
+        rows.remove_columns('label').add_column('label', labels).to_parquet(tmp_path/name)
+        return str(tmp_path/name)
+    few = with_labels(['0', None]*6, 'few.parquet')
+    assert open_labelled(few)[0]['label'][:] == [0, -1]*6
+    assert open_labelled(with_labels([0, -1]*6, 'numbers.parquet'))[0]['label'][:] == [0, -1]*6
+    with pytest.raises(BadInput, match='6 of 12 images have no class'): labelled_images(few)
+    with pytest.raises(BadInput, match='has no labels: of none'): open_labelled(with_labels([-1]*12, 'none.parquet'))
+    alike = open_labelled(recipe.images)[0]
+    few = alike.map(lambda row, i: {'label': row['label'] if i < 2 else -1}, with_indices=True)
+    ready = prepare(replace(recipe, listen=(Listen('dho'),)), inputs=Inputs(images=few))
+    assert sorted(ready.train['label'][:])[:10] == [-1]*10
+    run = radio_nb.distill(replace(recipe, listen=(Listen('dho'), Listen('labels')), steps=2, out=str(tmp_path/'run')),
+                           images=few, live=False)
+    own = run.metrics[-1]['teachers'][LITE0]
+    assert 0 <= own['labels'] < 4 < own['dho']   # two labels at most, against soft labels of all four images
+
+
+def test_a_listener_hears_the_teachers_it_is_told_to(recipe, tmp_path):
+    lines_ = Listen('attention', teachers=('u2netp',)), Listen('relations', teachers=(LITE0,)), Listen('mgd', .1)
+    twice = (*lines_, Listen('attention', .5, teachers=(LITE0,)))
+    out = run_recipe(replace(recipe, listen=twice, out=str(tmp_path/'run')))
+    line = lines(out)[0]
+    heard = {name: own.keys() - {'summary', 'spatial'} for name, own in line['teachers'].items()}
+    assert heard == {LITE0: {'attention', 'relations', 'mgd'}, 'u2netp': {'attention', 'mgd'}}
+    lite0, u2netp = line['teachers'][LITE0], line['teachers']['u2netp']
+    own = sum(name[kind] for name in (lite0, u2netp) for kind in ('summary', 'spatial'))
+    own += u2netp['attention'] + .5*lite0['attention'] + lite0['relations'] + .1*(lite0['mgd'] + u2netp['mgd'])
+    assert_close(line['loss'], own, rtol=1e-4, atol=1e-4)
+    assert same_after_a_break(replace(recipe, listen=twice, out=str(tmp_path/'again')), out, tmp_path/'again')
+
+
+def test_labels_need_number_the_classes_of_those_who_are_heard_with_them(recipe):
+    two = open_labelled(recipe.images)[0].cast_column('label', ClassLabel(names=['odd', 'even']))
+    other = replace(recipe, teachers=(*recipe.teachers, 'timm:cifar_resnet20@random#32'), listen=(
+        Listen('kd'), Listen('labels', teachers=('cifar_resnet20@random',))))
+    with pytest.raises(BadInput, match='teacher cifar_resnet20@random: it names 10, and the images have 2'):
+        prepare(other, inputs=Inputs(images=two))
+    ten = two.cast_column('label', ClassLabel(names=[str(i) for i in range(10)]))
+    assert prepare(other, inputs=Inputs(images=ten)).classes() == {LITE0: 1000, 'cifar_resnet20@random': 10}
+
+
 def test_labels_of_a_data_set_that_is_handed_over_are_kept(recipe, tmp_path):
     images = open_labelled(recipe.images)[0]
     one = replace(recipe, steps=1, out=str(tmp_path/'run'))
@@ -177,11 +221,16 @@ def test_what_cannot_be_listened_to_is_refused(recipe):
     refused('listener kd needs logits, and no teacher names classes', listen=(Listen('kd'),), teachers=('zoo:u2netp',))
     refused("unknown listener 'kad': did you mean kd", listen=(Listen('kad'),))
     refused('listener kd is listed twice', listen=(Listen('kd'), Listen('kd', 2.)))
+    refused('listener kd is listed twice', listen=(Listen('kd', teachers=(LITE0,)), Listen('kd', 2.)))
+    refused("unknown teacher of listener kd 'owl'", listen=(Listen('kd', teachers=('owl',)),))
+    refused('listener surest needs a second teacher', listen=(Listen('surest', teachers=(LITE0,)),))
     refused("unknown ramp of listener kd 'up'", listen=(Listen('kd', ramp='up'),))
     refused("unknown option of listener kd 'tau'", listen=(Listen('kd', options={'tau': 2.}),))
     check_recipe(replace(recipe, images='zoo:photos', listen=(Listen('pld', 0.), Listen('kd'))))
-    with pytest.raises(BadInput, match='needs logits, and no teacher whose summary counts'):
+    with pytest.raises(BadInput, match='needs logits, and no teacher that it hears and whose summary counts'):
         prepare(replace(recipe, summary_weights=(0., 1.)))
+    with pytest.raises(BadInput, match='listener kd needs logits, and no teacher that it hears'):
+        prepare(replace(recipe, listen=(Listen('kd', teachers=('u2netp',)),)))
     images = open_labelled(recipe.images)[0]
     two = images.cast_column('label', ClassLabel(names=['odd', 'even']))
     with pytest.raises(BadInput, match=f'number the classes of teacher {LITE0}: it names 1000, and the images have 2'):

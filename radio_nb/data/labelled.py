@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..targets.features import Features
 from ..targets.bad_input import BadInput
-from .images import dataset_of_files, image_files, open_images
+from .images import dataset_of_files, image_endings, image_files, open_images
 from .images import parquet_arguments, parquet_files, split_column
 from .crops import Crops, centre_crop, image_batches
 from .files import Progress
@@ -37,33 +37,33 @@ def _label_column(rows, source):
     raise BadInput(f'{source} has no column label; its columns are {", ".join(rows.features)}')
 
 def _table_labels(rows, source):
-    "The class of every row, by name, and the names of all classes."
+    "The class of every row, by name, None where nobody has said; and the names of all classes."
     column = _label_column(rows, source)
-    values, kind = rows[column][:], rows.features[column]
-    if isinstance(kind, ClassLabel) and all(v is not None and v >= 0 for v in values):
-        return [kind.names[v] for v in values], kind.names
-    wrong = [v for v in values if not (isinstance(v, str) or type(v) is int and v >= 0)]
+    values, kind = [None if v == -1 else v for v in rows[column][:]], rows.features[column]
+    known = [v for v in values if v is not None]
+    wrong = [v for v in known if not (isinstance(v, str) or type(v) is int and v >= 0)]
     if wrong:
         raise BadInput(f'{source}: the column {column} holds {wrong[0]!r}, '
                        'which is neither a name nor the number of a class')
-    return list(map(str, values)), list(map(str, sorted(set(values))))
+    if isinstance(kind, ClassLabel): return [None if v is None else kind.names[v] for v in values], kind.names
+    return [None if v is None else str(v) for v in values], list(map(str, sorted(set(known))))
 
 # %% ../../nbs/data/05_labelled.ipynb #f4b41fc6
 def _folder_labels(folder):
-    "The files, the class of each, and the names of all classes, of a folder with a folder for each class."
+    """The files, the class of each, and the names of all classes, of a folder with a folder for each class. A file
+    beside these has the class None."""
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.'))
     by_class = {name: image_files(folder/name) for name in names}
     if not any(by_class.values()):
         raise BadInput(f'{folder} has no labels: it needs a folder for each class with images in it, '
                        'or Parquet with a column label')
+    by_class[None] = [str(path) for path in sorted(folder.iterdir())
+                      if path.is_file() and path.name.lower().endswith(image_endings())]
     files = [file for of_class in by_class.values() for file in of_class]
-    return files, [name for name in names for _ in by_class[name]], names
+    return files, [name for name in by_class for _ in by_class[name]], names
 
-def labelled_images(
-    source:str,                # a folder with a folder for each class, a Parquet file or folder, 'hf:name[:split]'
-    names:list[str]|None=None, # of the classes, where they are given, as by a training set
-)->tuple[Dataset, Tensor, list[str]]: # images undecoded, (n,) int64 indices into the names, and the names
-    "Open images that have classes. Raises `BadInput` where there are none, or one that is not among the names."
+def _open_with_classes(source, names=None):
+    "As `labelled_images`, and −1 for an image whose class nobody has said."
     if source.startswith('stream:'): raise BadInput(f'{source}: labelled images are not streamed; leave out stream:')
     if source == 'zoo:photos': raise BadInput('zoo:photos has no labels')
     kwargs = _load_arguments(split_column(source)[0])
@@ -75,16 +75,28 @@ def labelled_images(
         if kwargs is None: raise BadInput(f'{source} has no labels: give a folder for each class, or Parquet')
         classes, own = _table_labels(load_dataset(**kwargs), source)
     number = {name: i for i, name in enumerate(own if names is None else names)}
-    unknown = ', '.join(sorted({*classes} - {*number})[:5])
+    unknown = ', '.join(sorted({*classes} - {*number, None})[:5])
     if unknown: raise BadInput(f'{source} has classes that are not among the names: {unknown}')
-    return images, torch.tensor([number[name] for name in classes]), list(number)
+    if not {*classes} - {None}: raise BadInput(f'{source} has no labels: of none of its images a class is known')
+    return images, torch.tensor([number.get(name, -1) for name in classes]), list(number)
+
+def labelled_images(
+    source:str,                # a folder with a folder for each class, a Parquet file or folder, 'hf:name[:split]'
+    names:list[str]|None=None, # of the classes, where they are given, as by a training set
+)->tuple[Dataset, Tensor, list[str]]: # images undecoded, (n,) int64 indices into the names, and the names
+    "Open images that all have classes. Raises `BadInput` where one has none, or one that is not among the names."
+    images, labels, names = _open_with_classes(source, names)
+    if missing := int((labels < 0).sum()):
+        raise BadInput(f'{source}: {missing} of {len(labels)} images have no class; leave them out, for an evaluation '
+                       'needs the class of every image')
+    return images, labels, names
 
 # %% ../../nbs/data/05_labelled.ipynb #d6faed8b
 def open_labelled(
-    source:str,         # see `labelled_images`
-)->tuple[Dataset, list[str]]: # columns `image`, undecoded, and `label`; and the names of the classes
+    source:str,         # see `labelled_images`; here an image may have no class
+)->tuple[Dataset, list[str]]: # columns `image`, undecoded, and `label`, −1 where it has none; names of the classes
     "Open images with their classes for training. Raises `BadInput` where there are none."
-    images, labels, names = labelled_images(source)
+    images, labels, names = _open_with_classes(source)
     return images.add_column('label', labels.numpy()).cast_column('label', ClassLabel(names=names)), names
 
 # %% ../../nbs/data/05_labelled.ipynb #6cda4a25

@@ -277,7 +277,8 @@ def listeners_command():
     from radio_nb.front.run_match import text_table
     from radio_nb.listening.listeners import RAMPS, listener_rows
     print(text_table(['listener', 'needs', 'options', 'what it is'], listener_rows()))
-    print(f"\nIn the file of a recipe: [[listen]] with name, weight, ramp ({', '.join(RAMPS)}) and options. "
+    print(f"\nIn the file of a recipe: [[listen]] with name, weight, ramp ({', '.join(RAMPS)}), options and teachers. "
+          "Without labels begin with kd, with few with dho, with several teachers of the same classes with committee. "
           "Next: radio-nb distill --recipe FILE")
 
 # %% ../../nbs/front/09_cli.ipynb #135b1e95

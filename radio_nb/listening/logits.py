@@ -215,12 +215,17 @@ class TwoHeads(Listener):
     "A head that learns from labels, and one that learns from the teacher (DHO, arXiv 2505.07675)."
     needs = ('logits', 'labels', 'a head for labels')
 
-    def __init__(self, widths:dict[str, tuple[int, int]], classes:dict[str, int], temperature:float=2.):
+    def __init__(self,
+        widths:dict[str, tuple[int, int]], # see `Listener`
+        classes:dict[str, int],
+        temperature:float=2.,
+        label_weight:float=1.,             # of labels; for its authors' loss one over the share of images that have one
+    ):
         super().__init__(widths, classes)
-        self.temperature = temperature
+        self.temperature, self.label_weight = temperature, label_weight
 
     def losses(self, student, teacher, lesson):
-        told = label_losses(student.from_labels, lesson.labels)
+        told = self.label_weight*label_losses(student.from_labels, lesson.labels)
         return told + soft_label_losses(student.logits, teacher.logits, self.temperature)
 
 def two_head_answer(

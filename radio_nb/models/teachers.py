@@ -419,10 +419,11 @@ def _classifier_in(spec):
     return layer
 
 def _classifier(spec):
-    if spec.source == 'zoo': return getattr(zoo_model(spec.name).load(), 'get_classifier', lambda: None)()
+    def own(network): return getattr(network, 'get_classifier', lambda: None)()   # not every network has one
+    if spec.source == 'zoo': return own(zoo_model(spec.name).load())
     if spec.source != 'timm': return None
     if spec.weights not in ('', 'random'): return _classifier_in(spec)
-    def create(): return timm.create_model(spec.name, pretrained=not spec.weights).get_classifier()
+    def create(): return own(timm.create_model(spec.name, pretrained=not spec.weights))
     return create() if spec.weights else _from_hub(f'timm:{spec.name}', create)
 
 def classifier_of(

@@ -182,6 +182,8 @@ class CifarResNet(nn.Module):
         self.feature_info = [dict(num_chs=16*2**i, reduction=2**i, module=f'layer{i + 1}') for i in range(3)]
         self.reset_classifier(num_classes)
 
+    def get_classifier(self)->nn.Module: return self.linear
+
     def reset_classifier(self, num_classes:int, global_pool:str='avg'):
         "Another classifier, or none for 0 classes."
         self.num_classes = num_classes

@@ -129,6 +129,7 @@ class Listen(Checked):
     weight: NotNegative = 1.            # of its loss; 0 for none
     ramp: str = 'constant'              # how the weight changes in the course of the run, a key of `RAMPS` there
     options: dict = field(default_factory=dict) # of its own
+    teachers: tuple[str, ...] = ()      # whom it hears, by the names that reports use; none for all
 
 # %% ../../nbs/training/00_recipe.ipynb #603f1809
 Precision = Literal['float32', 'bfloat16']

@@ -163,21 +163,24 @@ def check_views(recipe:Recipe):
 # %% ../../nbs/training/02_stages.ipynb #0e6f8e80
 def check_listening(recipe:Recipe):
     "Raise `BadInput` where there is nothing to listen to, or a listener that is not there."
-    for line in recipe.listen: check_line(line)
-    names = [line.name for line in recipe.listen]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise BadInput(f'listener {twice[0]} is listed twice; give it one weight')
+    names, told = list(teacher_names(recipe.teachers)), set()
+    for line in recipe.listen:
+        check_line(line)
+        for name in set(line.teachers) - set(names): raise unknown(f'teacher of listener {line.name}', name, names)
+        own = {(line.name, name) for name in line.teachers or names}
+        if own & told: raise BadInput(f'listener {line.name} is listed twice for a teacher; give it one weight')
+        told |= own
     needs = needs_of(recipe.listen)
     if 'labels' in needs and (recipe.images.startswith('stream:') or recipe.images == 'zoo:photos'):
         raise BadInput(f'listener {needs["labels"]} needs labels, and {recipe.images} is read without: give a folder '
                        'for each class, or Parquet with a column label, or use kd')
-    if 'a second teacher' in needs and len(recipe.teachers) < 2:
-        raise BadInput(f'listener {needs["a second teacher"]} needs a second teacher: name one, or use kd')
     if 'logits' in needs and not any(_may_name(spec) for spec in recipe.teachers):
         raise BadInput(f'listener {needs["logits"]} needs logits, and no teacher names classes; '
                        'zoo:efficientnet-lite0 does')
-    for line in recipe.listen:
-        if line.weight and LISTENERS[line.name].compares_images and recipe.accumulate > 1:
+    for line in (line for line in recipe.listen if line.weight):
+        if 'a second teacher' in LISTENERS[line.name].needs and len(line.teachers or names) < 2:
+            raise BadInput(f'listener {line.name} needs a second teacher: name one, or use kd')
+        if LISTENERS[line.name].compares_images and recipe.accumulate > 1:
             raise BadInput(f'listener {line.name} compares the images of a batch, which has to stay whole: '
                            'leave out --accumulate')
 
