@@ -1,6 +1,9 @@
 "The loss of angles: against float64 and a library's own angle, in a run, and in one that was broken off."
+import json
 from dataclasses import replace
+from functools import partial
 from math import pi
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +16,9 @@ from radio_nb.agglomeration.angles import angle_loss, dispersion, mean_direction
 from radio_nb.data.crops import Crops, image_batches
 from radio_nb.data.images import open_images
 from radio_nb.models.teachers import load_teacher
-from radio_nb.training.recipe import Recipe
+from radio_nb.training.recipe import Recipe, Stage
 from radio_nb.training.statistics import load_statistics, load_summary_losses
-from radio_nb.training.train import run_recipe
+from radio_nb.training.train import Callbacks, run_recipe
 
 SPECS = {'u2netp': 'zoo:u2netp#64', 'efficientnet-lite0': 'zoo:efficientnet-lite0#64'}
 
@@ -60,6 +63,22 @@ def test_a_run_divides_by_the_dispersion_of_what_it_has_measured(recipe, out):
         by_hand = torch.acos(F.cosine_similarity(summaries.double(), mean[None])).square().mean().item()
         assert found == pytest.approx(by_hand, rel=1e-4)
         assert load_summary_losses(SPECS, out)[name].keywords == {'disp': found}
+
+
+def test_a_step_divides_by_it_in_every_stage(recipe, out, tmp_path, monkeypatch):
+    def first(folder): return json.loads((Path(folder)/'metrics.jsonl').read_text().splitlines()[0])['teachers']
+    def doubled(names, folder, step=0):
+        found = load_summary_losses(names, folder, step)
+        return {name: partial(angle_loss, disp=2*loss.keywords['disp']) for name, loss in found.items()}
+    stages, used = (Stage(1), Stage(1)), []
+    def look(run): used.append({name: own.keywords['disp'] for name, own in run.trainer.loss.of_summaries.items()})
+    again = run_recipe(replace(recipe, out=str(tmp_path/'two'), stages=stages, log_every=1), callbacks=Callbacks(look))
+    measured = [{name: load_statistics(again, step)[f'{name}.dispersion'].item() for name in SPECS} for step in (0, 1)]
+    assert used == measured and measured[0] != measured[1]
+    monkeypatch.setattr('radio_nb.training.train.load_summary_losses', doubled)
+    half = first(run_recipe(replace(recipe, out=str(tmp_path/'half'), log_every=1)))
+    whole = first(again)
+    for name in SPECS: assert 2*half[name]['summary'] == pytest.approx(whole[name]['summary'], rel=1e-5)
 
 
 def test_a_run_without_angles_measures_none(recipe, tmp_path):

@@ -5,18 +5,22 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from children import small_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from radio_nb.agglomeration.mesa import mesa_loss
+from radio_nb.agglomeration.mesa import AVERAGE, mesa_loss
+from radio_nb.agglomeration.shifts import Shift, Windows, moved, shared_positions
 from radio_nb.models.backbones import Transformer
 from radio_nb.targets.bad_input import BadInput
+from radio_nb.targets.features import Features
 from radio_nb.training.plan import plan_recipe
 from radio_nb.training.recipe import Recipe
-from radio_nb.training.stages import check_recipe
+from radio_nb.training.stages import BatchPartition, check_recipe
 from radio_nb.training.train import Callbacks, run_recipe
+from radio_nb.training.trainer import DistillStep
 
 
 @given(st.integers(1, 3), st.integers(8, 40), st.floats(.1, 10), st.floats(-5, 5), st.integers(0, 10**6))
@@ -72,6 +76,46 @@ def test_looking_from_one_place_it_is_nothing_before_the_first_step(recipe, tmp_
         return stopped.value.args[0]
     together, elsewhere = first(out=str(tmp_path/'a'), shift=0), first(out=str(tmp_path/'b'))
     assert together < 1e-9 < .01*elsewhere
+
+
+class Colours(torch.nn.Module):
+    "A student whose grid is the mean colour of each patch, so that it moves with the image."
+    def layers(self, images, every): return [Features(None, colours(images))]
+
+    def adapted(self, layers, names): return {}
+
+    def logits(self, outputs): return {}
+
+    config = {'teachers': {}}
+
+
+def colours(images): return F.avg_pool2d(images, 16).movedim(1, -1)
+
+
+class NoTeachers(torch.nn.Module):
+    def forward(self, *args): return torch.zeros(()), {}
+
+
+def test_who_moves_with_the_image_agrees_with_its_average_wherever_that_looks():
+    shift, part = Shift(1, (4, 4), (4, 4)), BatchPartition((0, 2), (64, 64), .25, {})
+    step, seen_from = DistillStep(Colours(), NoTeachers(), mesa=.3), set()
+    for seed in range(12):
+        places = shift.draw(['', AVERAGE], seed)
+        seen_from.add(str(places))
+        images = torch.randint(256, (2, 3, *shift.crop_size((64, 64))), dtype=torch.uint8)
+        seen = Windows(images, torch.device('cpu'), shift, places)
+        average = colours(seen.at(64, AVERAGE))
+        masks, moves = shared_positions(shift, places, {AVERAGE: Features(average[:, 0, 0], average)})
+        def loss_of(average, moves, masks=masks, seen=seen):
+            return step(seen.at(64), {}, part, {}, masks, moves, average)[0]
+        assert loss_of(average, moves) < 1e-6
+        if moves[AVERAGE].any():
+            assert loss_of(average, {AVERAGE: -moves[AVERAGE]}) > 1e-3
+            assert loss_of(average, moves, {}) > 1e-3   # what is not seen by both must not count
+        other = average + torch.randn_like(average)
+        there = moved(colours(seen.at(64)), moves[AVERAGE])
+        assert_close(loss_of(other, moves), .3*.25*mesa_loss(there, other, masks[AVERAGE]))
+    assert len(seen_from) > 8
 
 
 def test_its_pass_is_planned(recipe):

@@ -140,5 +140,7 @@ def test_what_cannot_follow_is_refused(recipe, tmp_path):
         run_recipe(replace(fixed, out=str(tmp_path/'a')))
     with pytest.raises(BadInput, match='a student with patches of 16 cannot see 40 × 40 pixels'):
         run_recipe(replace(recipe, sizes=(40, 96), out=str(tmp_path/'b')))
+    with pytest.raises(BadInput, match='sizes: 64 is listed twice; all are drawn equally often'):
+        check_recipe(replace(recipe, sizes=(64, 96, 64)))
     with pytest.raises(BadInput, match="sizes is .*, but must be a list, in which each is a whole number at least 1"):
         replace(recipe, sizes=(0, 96))

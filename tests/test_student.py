@@ -64,7 +64,7 @@ def test_copies_of_the_prefix_are_averaged():
 
 
 @pytest.mark.parametrize('n_blocks, everywhere', [
-    (1, [0]), (4, [1, 3]), (5, [1, 3, 4]), (12, [2, 5, 8, 11]), (24, [5, 11, 17, 23])])
+    (1, [0]), (4, [1, 3]), (5, [1, 3, 4]), (12, [2, 5, 8, 11]), (24, [5, 11, 17, 23]), (27, [5, 11, 17, 23, 26])])
 def test_the_last_block_of_a_group_and_of_all_sees_everything(n_blocks, everywhere):
     lengths = []
     class Spy(nn.Module):

@@ -6,7 +6,7 @@
 __all__ = ['random_rectangles', 'CroppedPositions', 'into_windows', 'from_windows', 'windowed', 'windowed_blocks']
 
 # %% ../../nbs/models/07_tokens.ipynb #b5ab629a
-from math import ceil, log
+from math import log
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +101,7 @@ def windowed_blocks(
     "Run all blocks: the last of each group sees all tokens, the others windows (ViTDet, arXiv 2203.16527, §3)."
     def ordered(tokens, order):
         return torch.cat([tokens[:, :prefix], order(tokens[:, prefix:], *grid, side)], 1) if side else tokens
-    group = max(2, ceil(len(blocks)/4))
+    group = max(2, len(blocks)//4)
     tokens, found = ordered(tokens, into_windows), []
     for i, block in enumerate(blocks, 1):
         is_global = not side or i % group == 0 or i == len(blocks)

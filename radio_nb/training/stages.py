@@ -61,6 +61,8 @@ def spans(
 def _sizes(*levels): # the partition, its stage, the recipe
     "The sizes that the first of them names, the largest first."
     named = next(level for level in levels if level.sizes or level.size)
+    for size in named.sizes:
+        if named.sizes.count(size) > 1: raise BadInput(f'sizes: {size} is listed twice; all are drawn equally often')
     return sorted(set(map(height_width, named.sizes or (named.size,))), reverse=True)
 
 def _parts(stage, recipe, names):
