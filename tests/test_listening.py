@@ -174,6 +174,17 @@ def test_images_without_a_class_are_learned_from_by_who_needs_none(recipe, tmp_p
     assert 0 <= own['labels'] < 4 < own['dho']   # two labels at most, against soft labels of all four images
 
 
+def test_parts_of_classes_are_found_in_a_run_and_after_a_break(recipe, tmp_path):
+    own = replace(recipe, teachers=('timm:cifar_resnet20@random#32',), size=32, steps=6, batch_size=12,
+                  listen=(Listen('lelp', options={'measured': .3}),), out=str(tmp_path/'run'))
+    out = run_recipe(own)
+    assert same_after_a_break(own, out, tmp_path/'again')
+    one, two = (load_checkpoint(folder/'checkpoints')['trainer']['weights'] for folder in (Path(out), tmp_path/'again'))
+    heard = [name for name in one if name.startswith('listening.')]
+    assert heard and all(torch.equal(one[name], two[name]) for name in heard)
+    assert one['listening.listeners.0.hidden.0.axes'].any()
+
+
 def test_a_listener_hears_the_teachers_it_is_told_to(recipe, tmp_path):
     lines_ = Listen('attention', teachers=('u2netp',)), Listen('relations', teachers=(LITE0,)), Listen('mgd', .1)
     twice = (*lines_, Listen('attention', .5, teachers=(LITE0,)))

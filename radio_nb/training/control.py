@@ -54,7 +54,7 @@ PLAIN = {'stages': (), 'sizes': (), 'accumulate': 1, 'ema': 0., 'spectral': Fals
 
 def learn_from_labels(
     recipe:Recipe,    # whose images have classes; what it says of teachers and losses is not used
-    crop_size:int|tuple[int, int], # of the crops: of the largest that its teachers or its student look at
+    crop_size:int|tuple[int, int], # of the crops: the largest that teachers or student see; with a cache, the student's
     limit:int=0,      # images to learn from, the first of them; 0 for all
 )->Classifier:        # in evaluation mode
     """What the backbone of a recipe's student learns from labels, in as many steps. Raises `BadInput` for images
