@@ -416,7 +416,7 @@ class Trainer:
 
 # %% ../../nbs/training/07_trainer.ipynb #967f0508
 def teacher_gradient_norms(trainer:Trainer, batches:tuple[Batch, ...])->dict[str, float]:
-    "The norm of the gradient on the backbone of each teacher's own losses, averaged over the processes; of no listener's."
+    "The norm of the backbone's gradient of each teacher's losses, no listener's, averaged over the processes."
     recipe, accelerator = trainer.recipe, trainer.accelerator
     norms, micros = {}, microbatches(trainer.sources, batches, recipe.accumulate, step_seed(trainer), accelerator)
     first_averages(trainer, micros)
