@@ -17,6 +17,7 @@ import radio_nb
 from radio_nb.data.labelled import labelled_images, open_labelled
 from radio_nb.listening.lesson import Lesson, Listener, Voice
 from radio_nb.listening.listeners import LISTENERS, Listening
+from radio_nb.models.backbones import Transformer
 from radio_nb.models.student import FROM_LABELS, Student
 from radio_nb.models.teachers import classifier_of
 from radio_nb.targets.bad_input import BadInput
@@ -28,7 +29,7 @@ from radio_nb.training.train import run_recipe
 
 LITE0 = 'efficientnet-lite0'
 OF_LOGITS = [name for name, listener in LISTENERS.items()
-             if 'logits' in listener.needs and 'a second teacher' not in listener.needs]
+             if 'logits' in listener.needs and not {'a second teacher', 'the student as it was'} & {*listener.needs}]
 OF_COMMITTEES = [name for name, listener in LISTENERS.items()
                  if 'a second teacher' in listener.needs or listener.compares_images]
 
@@ -279,6 +280,57 @@ def test_a_committee_of_one_is_refused(recipe, tmp_path):
     with pytest.raises(BadInput, match="unknown teacher that names classes 'owl'"):
         run_recipe(replace(recipe, teachers=(f'zoo:{LITE0}#64', 'zoo:efficientnet-lite2#64'), out=str(tmp_path/'two'),
                            listen=(Listen('weighted', options={'weights': {'owl': 1.}}),)))
+
+
+@pytest.fixture(scope='module')
+def learned(recipe):
+    "A run whose student names classes."
+    return run_recipe(replace(recipe, listen=(Listen('kd'),), out=f'{recipe.out}-learned'))
+
+
+def going_on(recipe, learned, *names, **fields):
+    return replace(recipe, init=str(learned), listen=tuple(Listen(name, .1) for name in names), **fields)
+
+
+def test_the_student_as_it_was_is_asked_and_kept_over_a_break(recipe, learned, tmp_path):
+    again = going_on(recipe, learned, 'klpdp', 'klpdp-labels', out=str(tmp_path/'run'), ema=.5, lr=1e-2)
+    out = run_recipe(again)
+    assert all({'klpdp', 'klpdp-labels'} <= line['teachers'][LITE0].keys() for line in lines(out))
+    assert same_after_a_break(again, out, tmp_path/'again')
+    weights, first = load_checkpoint(Path(out)/'checkpoints')['trainer']['weights'], Student.from_pretrained(learned)
+    for name, value in first.backbone.state_dict().items():
+        assert torch.equal(weights[f'before.backbone.{name}'], value)
+    for name, value in first.backbone.named_parameters():
+        assert not torch.equal(weights[f'student.backbone.{name}'], value)
+    assert not [name for name in radio_nb.create(out).state_dict() if name.startswith('before')]
+
+
+def test_who_was_always_surer_learns_nothing_new(recipe, learned, tmp_path, monkeypatch):
+    "The teacher says nothing at all, so that the student is asked to stay as it was."
+    monkeypatch.setattr('radio_nb.training.preparation.classifier_of', silent_classifier)
+    # without the positions that a student in training has to do without
+    monkeypatch.setattr(Transformer, 'train', lambda self, mode=True: torch.nn.Module.train(self, False))
+    out = run_recipe(going_on(recipe, learned, 'klpdp', out=str(tmp_path/'run')))
+    assert lines(out)[0]['teachers'][LITE0]['klpdp'] < 1e-3 < lines(out)[-1]['teachers'][LITE0]['klpdp']
+
+
+def silent_classifier(spec, seed=0):
+    layer = classifier_of(spec, seed)
+    torch.nn.init.zeros_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
+    return layer
+
+
+def test_the_student_as_it_was_can_be_divided(recipe, learned, tmp_path):
+    assert max(differences_by_division(going_on(recipe, learned, 'klpdp'), tmp_path)) < 1e-5
+
+
+def test_a_student_that_was_not_is_refused(recipe, learned, tmp_path):
+    with pytest.raises(BadInput, match='listener klpdp needs the student as it was: name the run .* --init'):
+        check_recipe(replace(recipe, listen=(Listen('klpdp'),)))
+    silent = run_recipe(replace(recipe, listen=(), out=str(tmp_path/'silent'), steps=1))
+    with pytest.raises(BadInput, match='init: the student of .* has classes {}, and this one'):
+        run_recipe(going_on(recipe, silent, 'klpdp', out=str(tmp_path/'run')))
 
 
 def test_inner_layers_are_those_of_a_transformer_of_two_blocks_or_more(recipe, tmp_path):

@@ -29,10 +29,12 @@ class Lesson(NamedTuple):
     teachers: dict[str, Voice]   # by name, without a gradient
     labels: Tensor|None = None   # numbers of the teachers' classes, (B,) int64, -1: not known; None where not needed
     progress: float = 0.         # share of the run that is done, from 0 to below 1
+    before: dict[str, Voice]|None = None # as `student`, by the student as it was before the run; None where not needed
 
 # %% ../../nbs/listening/00_lesson.ipynb #15e00012
 # what a listener may need beside grids
-NEEDS = 'summary', 'logits', 'labels', 'a second teacher', 'a head for labels', 'inner layers'
+NEEDS = ('summary', 'logits', 'labels', 'a second teacher', 'a head for labels', 'inner layers',
+         'the student as it was')
 
 class Listener(nn.Module):
     "A way to listen to a teacher. A subclass says what it needs, and gives a loss for each image."

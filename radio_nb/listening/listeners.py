@@ -23,7 +23,8 @@ from .logits import (BothWays, Branches, JensenShannon, Labels, MovingTarget, Ra
 from .hints import AttentionMaps, GenericGrid, MaskedGeneration, Relations, RelativeError
 from .parts import Granularity, Prototypes, SharedMasks
 from .summaries import DirectionAndNorm, Information, Subclasses
-from .committee import Committee, Gated, Judged, Rightest, Surest, Weighted
+from .committee import (Committee, Gated, Judged, Rightest, RightestOrItself, Surest,
+                                          SurestOrItself, Weighted)
 
 # %% ../../nbs/listening/06_listeners.ipynb #115e0006
 LISTENERS: dict[str, type[Listener]] = {
@@ -32,7 +33,7 @@ LISTENERS: dict[str, type[Listener]] = {
     'relations': Relations, 'mgd': MaskedGeneration, 'g2sd': GenericGrid, 'laptop': RelativeError, 'acam': SharedMasks,
     'prockd': Prototypes, 'granularity': Granularity, 'nd': DirectionAndNorm, 'infonce': Information,
     'lelp': Subclasses, 'committee': Committee, 'meal': Judged, 'surest': Surest, 'rightest': Rightest, 'mst': Gated,
-    'weighted': Weighted}
+    'weighted': Weighted, 'klpdp': SurestOrItself, 'klpdp-labels': RightestOrItself}
 
 def constant(progress:float)->float: # progress: share of the run that is done
     "All of a weight from the beginning."

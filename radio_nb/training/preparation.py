@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -158,12 +159,13 @@ def new_distill_step(recipe:Recipe, student:Student, out:Path, classifiers:dict[
     names = list(student.config['teachers'])
     loss = MultiTeacherLoss(recipe.method, *teacher_weights(recipe, names), recipe.balance, recipe.grid)
     cifd = load_cifd_loss(recipe, names, out)
+    before = deepcopy(student).requires_grad_(False) if 'the student as it was' in needs_of(recipe.listen) else None
     if recipe.spectral: reparametrize(student.backbone)
     if recipe.checkpoint_activations: checkpoint_student(student)
     with own_seed(f'{recipe.seed} listeners'):
         listening = Listening(recipe.listen, student.config['teachers'], classifiers, student.backbone.inner_widths())
     return DistillStep(student, loss, cifd, recipe.precision == 'bfloat16', recipe.mesa,
-                       listening if listening.lines else None)
+                       listening if listening.lines else None, before)
 
 # %% ../../nbs/training/08_preparation.ipynb #cd5a1f01
 def check_sizes(recipe:Recipe, plan:tuple[StagePlan, ...], student:Student, processes:int):

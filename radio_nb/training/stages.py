@@ -179,6 +179,9 @@ def check_listening(recipe:Recipe):
     if 'logits' in needs and not any(_may_name(spec) for spec in recipe.teachers):
         raise BadInput(f'listener {needs["logits"]} needs logits, and no teacher names classes; '
                        'zoo:efficientnet-lite0 does')
+    if 'the student as it was' in needs and not recipe.init:
+        raise BadInput(f'listener {needs["the student as it was"]} needs the student as it was: name the run that it '
+                       'comes from, --init runs/mine')
     for line in (line for line in recipe.listen if line.weight):
         if 'a second teacher' in LISTENERS[line.name].needs and len(line.teachers or names) < 2:
             raise BadInput(f'listener {line.name} needs a second teacher: name one, or use kd')
