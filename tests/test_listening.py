@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 import radio_nb
 from radio_nb.data.labelled import labelled_images, open_labelled
+from radio_nb.listening.hints import FewPatches
 from radio_nb.listening.lesson import Lesson, Listener, Voice
 from radio_nb.listening.listeners import LISTENERS, Listening
 from radio_nb.models.backbones import Transformer
@@ -25,7 +26,7 @@ from radio_nb.training.preparation import Inputs, check_sizes, prepare
 from radio_nb.training.recipe import Listen, Recipe, parse_recipe, recipe_toml
 from radio_nb.training.run_folder import load_checkpoint
 from radio_nb.training.stages import check_recipe
-from radio_nb.training.train import run_recipe
+from radio_nb.training.train import Callbacks, run_recipe
 
 LITE0 = 'efficientnet-lite0'
 OF_LOGITS = [name for name, listener in LISTENERS.items()
@@ -200,6 +201,24 @@ def test_a_listener_hears_the_teachers_it_is_told_to(recipe, tmp_path):
     assert same_after_a_break(replace(recipe, listen=twice, out=str(tmp_path/'again')), out, tmp_path/'again')
 
 
+def test_a_student_has_heads_for_those_alone_who_teach_it_logits(recipe, tmp_path):
+    "A head that nobody teaches would be random in the end, and DDP would wait for its gradient."
+    two = replace(recipe, teachers=(f'zoo:{LITE0}#64', 'zoo:efficientnet-lite2#64'), steps=1, listen=(
+        Listen('kd', teachers=(LITE0,)), Listen('dho', teachers=('efficientnet-lite2',))), out=str(tmp_path/'run'))
+    names = radio_nb.create(run_recipe(two)).config['classes']
+    assert names == {LITE0: 1000, 'efficientnet-lite2': 1000, f'efficientnet-lite2{FROM_LABELS}': 1000}
+    one = replace(two, listen=(Listen('kd', teachers=(LITE0,)),), steps=4)
+    assert max(differences_by_division(one, tmp_path)) < 1e-5
+    unheard = replace(recipe, listen=(Listen('nd'),), steps=1, out=str(tmp_path/'nd'))
+    assert radio_nb.create(run_recipe(unheard)).config['classes'] == {}
+
+
+def test_what_does_not_suit_is_refused_before_anything_is_measured(recipe, tmp_path):
+    wrong = replace(recipe, listen=(Listen('mgd', options={'holes': 2.}),), out=str(tmp_path/'run'))
+    with pytest.raises(BadInput, match='option holes is 2.0, but must be from 0'): run_recipe(wrong)
+    assert not [*Path(wrong.out).glob('statistics*')]
+
+
 def test_labels_need_number_the_classes_of_those_who_are_heard_with_them(recipe):
     two = open_labelled(recipe.images)[0].cast_column('label', ClassLabel(names=['odd', 'even']))
     other = replace(recipe, teachers=(*recipe.teachers, 'timm:cifar_resnet20@random#32'), listen=(
@@ -239,9 +258,9 @@ def test_what_cannot_be_listened_to_is_refused(recipe):
     refused("unknown ramp of listener kd 'up'", listen=(Listen('kd', ramp='up'),))
     refused("unknown option of listener kd 'tau'", listen=(Listen('kd', options={'tau': 2.}),))
     check_recipe(replace(recipe, images='zoo:photos', listen=(Listen('pld', 0.), Listen('kd'))))
-    with pytest.raises(BadInput, match='needs logits, and no teacher that it hears and whose summary counts'):
+    with pytest.raises(BadInput, match='needs logits, and the teachers have none: classes must be named by a'):
         prepare(replace(recipe, summary_weights=(0., 1.)))
-    with pytest.raises(BadInput, match='listener kd needs logits, and no teacher that it hears'):
+    with pytest.raises(BadInput, match='listener kd needs logits, and teacher u2netp has none'):
         prepare(replace(recipe, listen=(Listen('kd', teachers=('u2netp',)),)))
     images = open_labelled(recipe.images)[0]
     two = images.cast_column('label', ClassLabel(names=['odd', 'even']))
@@ -328,9 +347,24 @@ def test_the_student_as_it_was_can_be_divided(recipe, learned, tmp_path):
 def test_a_student_that_was_not_is_refused(recipe, learned, tmp_path):
     with pytest.raises(BadInput, match='listener klpdp needs the student as it was: name the run .* --init'):
         check_recipe(replace(recipe, listen=(Listen('klpdp'),)))
+    with pytest.raises(BadInput, match='shard: the student as it was, whom klpdp asks, is not sharded'):
+        check_recipe(going_on(recipe, learned, 'klpdp', shard=True))
     silent = run_recipe(replace(recipe, listen=(), out=str(tmp_path/'silent'), steps=1))
     with pytest.raises(BadInput, match='init: the student of .* has classes {}, and this one'):
         run_recipe(going_on(recipe, silent, 'klpdp', out=str(tmp_path/'run')))
+
+
+def test_few_patches_stay_as_few_when_a_run_goes_on(recipe, tmp_path):
+    few = replace(recipe, listen=(), out=str(tmp_path/'run'))
+    inputs = Inputs(crop=FewPatches(.5, 4))
+    def fail(run):
+        if run.step == 3: raise RuntimeError('the power')
+    whole = run_recipe(replace(few, out=str(tmp_path/'whole')), inputs=inputs)
+    with pytest.raises(RuntimeError, match='the power'): run_recipe(few, inputs=inputs, callbacks=Callbacks(fail))
+    with pytest.raises(BadInput, match='the crop changed since the run in .* began'):
+        run_recipe(few, resume=True, inputs=Inputs(crop=FewPatches(.25, 4)))
+    out = run_recipe(few, resume=True, inputs=inputs)
+    assert (Path(out)/'student.safetensors').read_bytes() == (Path(whole)/'student.safetensors').read_bytes()
 
 
 def test_inner_layers_are_those_of_a_transformer_of_two_blocks_or_more(recipe, tmp_path):

@@ -1,5 +1,6 @@
 "What `match`, `labelled` and `knn` cannot show well: random shapes and cuts, other libraries, chunks, broken sources."
 import io
+from math import isnan
 from unittest.mock import patch
 
 import numpy as np
@@ -242,11 +243,29 @@ def test_labels_of_parquet(tmp_path, labels, kind, numbers, names):
 
 
 @pytest.mark.parametrize('labels, kind, column, message', [
-    ([-1, -1], ClassLabel(names=['a', 'b']), 'label', 'the column label holds -1'),
-    ([.5, 1.], Value('float32'), 'label', 'holds 0.5'), ([None, 1], Value('int64'), 'label', 'holds None'),
+    ([-1, -1], ClassLabel(names=['a', 'b']), 'label', 'has no labels: of none'),
+    ([.5, 1.], Value('float32'), 'label', 'holds 0.5'),
+    ([None, 1], Value('int64'), 'label', '1 of 2 images have no class'),
+    ([-2, 1], Value('int64'), 'label', 'holds -2'),
     ([1, 2], Value('int64'), 'n', 'no column label; its columns are image, n')])
 def test_labels_that_are_none(tmp_path, labels, kind, column, message):
     with pytest.raises(BadInput, match=message): labelled_images(parquet(tmp_path/'a.parquet', labels, kind, column))
+
+
+def test_numbers_of_classes_are_in_the_order_of_numbers(tmp_path):
+    names = [str(i) for i in (0, 2, 10)]
+    for name in names:
+        (tmp_path/'folder'/name).mkdir(parents=True)
+        (tmp_path/'folder'/name/'1.png').write_bytes(cell(0)['bytes'])
+    assert labelled_images(str(tmp_path/'folder'))[2] == names
+    assert labelled_images(parquet(tmp_path/'a.parquet', ['10', '2', '0'], Value('string')))[2] == names
+
+
+def test_a_teacher_that_says_nothing_leaves_nothing_to_explain():
+    match = Match()
+    nothing = torch.zeros(1, 0)
+    match.update(Features(nothing, torch.randn(1, 1, 1, 4)), Features(nothing, torch.ones(1, 1, 1, 4)))
+    assert isnan(match.result()['explained'])
 
 
 def test_folders(tmp_path):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..targets.bad_input import BadInput, reason
 from ..models.tensor_files import load_tensors, save_tensors
-from .files import Stopped, atomic_write
+from .files import Stopped, atomic_write, to_disk
 
 # %% ../../nbs/data/04_feature_files.ipynb #5d998017
 PART_ROWS, PART_BYTES = 256, 64 << 20   # of a part, at most
@@ -132,6 +132,7 @@ def join_parts(
             if len(tensors['rows']): yield tensors['features'].numpy()
     WRITERS[out.suffix](folder/'joined.part', index, parts())
     if out.suffix == '.npy': atomic_write(Path(f'{out}.json'), json.dumps(index._asdict()))
+    to_disk(folder/'joined.part')   # the parts are removed next
     os.replace(folder/'joined.part', out)
     return index
 

@@ -36,6 +36,11 @@ def _label_column(rows, source):
     if len(found) == 1: return found[0]
     raise BadInput(f'{source} has no column label; its columns are {", ".join(rows.features)}')
 
+def _in_number(names:Iterable[str])->list[str]: # each once
+    "Names of classes in the order of their numbers: as numbers where all are, and else by the alphabet."
+    names = {*names}
+    return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+
 def _table_labels(rows, source):
     "The class of every row, by name, None where nobody has said; and the names of all classes."
     column = _label_column(rows, source)
@@ -46,29 +51,30 @@ def _table_labels(rows, source):
         raise BadInput(f'{source}: the column {column} holds {wrong[0]!r}, '
                        'which is neither a name nor the number of a class')
     if isinstance(kind, ClassLabel): return [None if v is None else kind.names[v] for v in values], kind.names
-    return [None if v is None else str(v) for v in values], list(map(str, sorted(set(known))))
+    return [None if v is None else str(v) for v in values], _in_number(map(str, known))
 
 # %% ../../nbs/data/05_labelled.ipynb #f4b41fc6
-def _folder_labels(folder):
-    """The files, the class of each, and the names of all classes, of a folder with a folder for each class. A file
-    beside these has the class None."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.'))
+def _folder_labels(folder, beside):
+    """The files, the class of each, and the names of all classes, of a folder with a folder for each class; and where
+    asked for, files beside these, of the class None."""
+    names = _in_number(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.'))
     by_class = {name: image_files(folder/name) for name in names}
     if not any(by_class.values()):
         raise BadInput(f'{folder} has no labels: it needs a folder for each class with images in it, '
                        'or Parquet with a column label')
-    by_class[None] = [str(path) for path in sorted(folder.iterdir())
-                      if path.is_file() and path.name.lower().endswith(image_endings())]
+    if beside:
+        by_class[None] = [str(path) for path in sorted(folder.iterdir()) if path.is_file()
+                          and path.name.lower().endswith(image_endings()) and not path.name.startswith('.')]
     files = [file for of_class in by_class.values() for file in of_class]
     return files, [name for name in by_class for _ in by_class[name]], names
 
-def _open_with_classes(source, names=None):
+def _open_with_classes(source, names=None, beside=False): # beside: see `_folder_labels`
     "As `labelled_images`, and −1 for an image whose class nobody has said."
     if source.startswith('stream:'): raise BadInput(f'{source}: labelled images are not streamed; leave out stream:')
     if source == 'zoo:photos': raise BadInput('zoo:photos has no labels')
     kwargs = _load_arguments(split_column(source)[0])
     if kwargs is None and Path(source).is_dir():
-        files, classes, own = _folder_labels(Path(source))
+        files, classes, own = _folder_labels(Path(source), beside)
         images = dataset_of_files(files)
     else:
         images = open_images(source)   # it can say what is wrong with a source
@@ -96,8 +102,8 @@ def open_labelled(
     source:str,         # see `labelled_images`; here an image may have no class
 )->tuple[Dataset, list[str]]: # columns `image`, undecoded, and `label`, −1 where it has none; names of the classes
     "Open images with their classes for training. Raises `BadInput` where there are none."
-    images, labels, names = _open_with_classes(source)
-    return images.add_column('label', labels.numpy()).cast_column('label', ClassLabel(names=names)), names
+    images, labels, names = _open_with_classes(source, beside=True)
+    return images.add_column('label', labels.tolist(), feature=ClassLabel(names=names)), names
 
 # %% ../../nbs/data/05_labelled.ipynb #6cda4a25
 def in_order(

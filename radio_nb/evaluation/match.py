@@ -7,6 +7,7 @@ __all__ = ['linear_cka', 'rankme', 'Match', 'teacher_match', 'Constant']
 
 # %% ../../nbs/evaluation/00_match.ipynb #4e094e3a
 from collections.abc import Callable, Iterable
+from math import nan
 from pathlib import Path
 
 import torch
@@ -119,7 +120,9 @@ class Match:
         of a thorough match `cka`, `rankme` and `rankme_teacher` of the grid."""
         if not self.positions: raise BadInput('no images were compared')
         total, width = self.teacher.m2.sum().item(), len(self.teacher.m2)   # sum of squares about the mean
-        found = {'explained': 1 - self.squared_error/total, 'mse': self.squared_error/(self.positions*width),
+        # a teacher that says the same everywhere leaves nothing to explain
+        explained = 1 - self.squared_error/total if total else nan
+        found = {'explained': explained, 'mse': self.squared_error/(self.positions*width),
                  'cosine': self.cosine/self.positions, 'summary_cosine': self.summary_cosine/self.images,
                  'error_range': self.error.range()}
         if self.normalizer is not None: found['error_range_normalized'] = self.normalized_error.range()

@@ -48,7 +48,9 @@ def load_results(
 )->dict[NamedTuple, dict]: # what `record` wrote, by case
     "The results in a file, none where there is no file. Raises `BadInput` for a line that is damaged."
     results, path = {}, Path(path)
-    for i, text in enumerate(path.read_text(encoding='utf-8').splitlines() if path.exists() else [], 1):
+    written = path.read_text(encoding='utf-8') if path.exists() else ''
+    # not `splitlines`, which takes other signs for ends of lines, too
+    for i, text in enumerate(written.removesuffix('\n').split('\n') if written else [], 1):
         try:
             line = json.loads(text)
             if line['settings'] == _as_json(settings):

@@ -9,6 +9,7 @@ __all__ = ['BATCH', 'MEASURE_NAMES', 'own_features', 'EvalModel', 'teacher_eval_
            'without_grids', 'match_suite', 'alignment_suite', 'place_suite', 'decoder_suite']
 
 # %% ../../nbs/evaluation/08_suites.ipynb #37edc054
+import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from math import isfinite
@@ -202,11 +203,11 @@ def segmentation_suite(
     found = extract(encode, streams, counts, stopped, f'grids of {model.name}')
     if found is None: return []
     train, test = found
-    classes = torch.cat([masks[masks != data.ignore] for _, masks in found]).unique()
-    if not len(classes):
-        raise BadInput(f'{data.masks} and {data.test_masks}: all pixels are {data.ignore}, '
-                       'which marks those that do not count (--ignore)')
-    miou = segmentation_probe(train, test, int(classes.max()) + 1, data.ignore, device=model.device).miou
+    counted = [masks[masks != data.ignore] for _, masks in found]
+    for source, own in zip((data.masks, data.test_masks), counted):
+        if not len(own):
+            raise BadInput(f'{source}: all pixels are {data.ignore}, which marks those that do not count (--ignore)')
+    miou = segmentation_probe(train, test, int(torch.cat(counted).max()) + 1, data.ignore, device=model.device).miou
     dataset = data.describe('masks', 'test_masks', more='' if data.ignore == 255 else f', without {data.ignore}')
     n = len(train[0]) + len(test[0])
     return [Score(model.name, 'segmentation mIoU', miou, n, sum(sizes), 'segmentation', dataset)]
@@ -215,9 +216,9 @@ def segmentation_suite(
 def class_names(source:str)->list[str]:
     "The names of a source's classes as a sentence can use them. Raises `BadInput` for classes that have only numbers."
     names = labelled_images(source)[2]
-    if all(name.isdigit() for name in names):
+    if all(re.fullmatch(r'n?\d+', name) for name in names):   # ImageNet's folders are n01440764 and so on
         raise BadInput(f'{source}: its classes are numbers, and zero-shot needs their names; '
-                       'use a folder for each class')
+                       'use a folder with such a name for each class')
     return [name.replace('_', ' ') for name in names]
 
 def text_directions(

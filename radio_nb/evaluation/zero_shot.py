@@ -45,6 +45,7 @@ def class_embeddings(
     sentences = [template.replace('{}', name) for name in names for template in templates]
     chunks = [sentences[i:i + chunk] for i in range(0, len(sentences), chunk)]
     embeddings = torch.cat([F.normalize(tower(tokenizer(chunk)).float(), dim=-1) for chunk in chunks])
+    if not embeddings.isfinite().all(): raise BadInput('the embeddings of the classes are not all finite')
     return F.normalize(embeddings.unflatten(0, (len(names), len(templates))).mean(1), dim=-1).clone()
 
 # %% ../../nbs/evaluation/02_zero_shot.ipynb #b903625f

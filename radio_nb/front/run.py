@@ -28,7 +28,7 @@ from ..targets.bad_input import BadInput, unknown
 from ..models.student import Student
 from ..models.teachers import Teacher, timm_features
 from ..models.tensor_files import load_tensors
-from ..data.images import UNDECODED, only_images
+from ..data.images import UNDECODED, image_column, only_images
 from ..data.crops import random_crop
 from ..data.files import hours_minutes_seconds, in_notebook, read_json
 from ..training.recipe import Recipe, difference, read_recipe
@@ -123,7 +123,9 @@ def _with_labels(found, images):
     "The same images, with classes where the data set has them in a column `label`."
     kind = (images.features or {}).get('label')
     if not isinstance(kind, ClassLabel) or isinstance(images, IterableDataset): return found
-    return found.add_column('label', images['label'][:]).cast_column('label', kind)
+    name = image_column(images.features, '', 'the data set')
+    both = images.select_columns([name, 'label']).cast_column(name, UNDECODED['image'])
+    return both if name == 'image' else both.rename_column(name, 'image')
 
 def as_dataset(
     images:Dataset|IterableDataset|Sequence, # a column of images; pictures, arrays (H, W, 3), tensors (3, H, W), paths

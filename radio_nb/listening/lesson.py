@@ -29,7 +29,7 @@ class Lesson(NamedTuple):
     teachers: dict[str, Voice]   # by name, without a gradient
     labels: Tensor|None = None   # numbers of the teachers' classes, (B,) int64, -1: not known; None where not needed
     progress: float = 0.         # share of the run that is done, from 0 to below 1
-    before: dict[str, Voice]|None = None # as `student`, by the student as it was before the run; None where not needed
+    before: dict[str, Voice]|None = None # summaries and logits of the student as it was; None where not needed
 
 # %% ../../nbs/listening/00_lesson.ipynb #15e00012
 # what a listener may need beside grids
@@ -40,6 +40,7 @@ class Listener(nn.Module):
     "A way to listen to a teacher. A subclass says what it needs, and gives a loss for each image."
     needs: tuple[str, ...] = ()     # of `NEEDS`
     compares_images: bool = False   # whether a loss depends on the other images of the batch
+    answers: bool = True            # whether it teaches the student's own logits, where it needs logits
 
     def __init__(self,
         widths:dict[str, tuple[int, int]], # of every teacher's summary and grid

@@ -31,7 +31,7 @@ def nd_losses(
 
 class DirectionAndNorm(Listener):
     "Towards the mean of a class, and at least as long as the teacher's summary (ND, arXiv 2305.17007)."
-    needs, compares_images = ('logits', 'labels'), True
+    needs, compares_images, answers = ('logits', 'labels'), True, False
 
     def __init__(self, widths:dict[str, tuple[int, int]], classes:dict[str, int]):
         super().__init__(widths, classes)

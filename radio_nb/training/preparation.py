@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NOTHING', 'Inputs', 'Prepared', 'best_device', 'training_images', 'lines_that_need', 'load_classifiers',
-           'check_labels', 'prepare', 'new_student', 'new_distill_step', 'check_sizes', 'identity', 'last_normalizers',
-           'as_saved', 'export_student', 'saved_student', 'go_on_from', 'teacher_fingerprint', 'labels_fingerprint',
-           'fingerprints', 'began_alike', 'check_readable']
+           'classes_to_name', 'check_labels', 'prepare', 'new_student', 'new_listening', 'new_distill_step',
+           'check_sizes', 'identity', 'last_normalizers', 'as_saved', 'export_student', 'saved_student', 'go_on_from',
+           'teacher_fingerprint', 'labels_fingerprint', 'crop_name', 'fingerprints', 'began_alike', 'check_readable']
 
 # %% ../../nbs/training/08_preparation.ipynb #b08e0015
 import json
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,8 @@ from torch import nn
 from ..targets.bad_input import BadInput
 from ..targets.normalizers import Normalizer
 from ..losses.multi_teacher import MultiTeacherLoss
-from ..models.student import Student, check_microbatch, checkpoint_student, fold_heads, remove_neck
+from ..models.student import (FROM_LABELS, Student, check_microbatch, checkpoint_student, fold_heads,
+                                     remove_neck)
 from ..models.specs import parse_spec
 from ..models.randomness import own_seed
 from ..models.teachers import Teacher, classifier_of, load_teacher, read_weights
@@ -36,7 +38,7 @@ from ..data.labelled import open_labelled
 from ..agglomeration.resolutions import teachers_at
 from ..agglomeration.sharp import sharp_teachers
 from ..agglomeration.spectral import plain_weights, reparametrize
-from ..listening.listeners import LISTENERS, Listening, heard, needs_of, new_listener
+from ..listening.listeners import LISTENERS, Listening, heard, needs_of
 from .recipe import Listen, Recipe, difference, teacher_names, teacher_weights
 from .run_folder import recipe_of
 from .stages import StagePlan, check_device, check_recipe
@@ -92,15 +94,26 @@ def load_classifiers(recipe:Recipe, teachers:dict[str, Teacher], device:torch.de
     found = {}
     if 'logits' not in needs_of(recipe.listen): return found
     summary_weights, _ = teacher_weights(recipe, list(teachers))
+    wanted = {name for line in lines_that_need('logits', recipe) for name in heard(line, teachers)}
     for name, spec in teacher_names(recipe.teachers).items():
+        if name not in wanted: continue
         try: layer = classifier_of(spec, recipe.seed)
         except BadInput: continue   # not everyone names classes
         if summary_weights[name] and layer.in_features == teachers[name].widths()[0]: found[name] = layer.to(device)
     for line in lines_that_need('logits', recipe):
-        if not heard(line, found):
-            raise BadInput(f'listener {line.name} needs logits, and no teacher that it hears and whose summary counts '
-                           'names classes by a linear layer on it; zoo:efficientnet-lite0 does')
+        silent = [name for name in line.teachers if name not in found]
+        if silent or not found:
+            who = f'teacher {silent[0]} has' if silent else 'the teachers have'
+            raise BadInput(f'listener {line.name} needs logits, and {who} none: classes must be named by a linear '
+                           'layer on a summary that counts, as zoo:efficientnet-lite0 does')
     return found
+
+def classes_to_name(recipe:Recipe, classes:dict[str, int])->dict[str, int]: # classes: see `Prepared.classes`
+    "How many classes a head of the student names, by teacher, and by teacher and `FROM_LABELS`."
+    def taught(what):
+        lines = [line for line in lines_that_need(what, recipe) if LISTENERS[line.name].answers]
+        return {name: n for name, n in classes.items() if any(name in heard(line, classes) for line in lines)}
+    return taught('logits') | {name + FROM_LABELS: n for name, n in taught('a head for labels').items()}
 
 def check_labels(recipe:Recipe, images:Dataset|IterableDataset, classifiers:dict[str, nn.Linear]):
     "Raise `BadInput` where a listener needs labels, and there are none, or none that number a teacher's classes."
@@ -154,6 +167,11 @@ def new_student(
         student.neck = TokenBottleneck(student.backbone.dim)
     return student
 
+def new_listening(recipe:Recipe, student:Student, classifiers:dict[str, nn.Linear]|None=None)->Listening:
+    "The listeners of a run. Raises `BadInput` for options, teachers or a student that do not suit them."
+    with own_seed(f'{recipe.seed} listeners'):
+        return Listening(recipe.listen, student.config['teachers'], classifiers, student.backbone.inner_widths())
+
 def new_distill_step(recipe:Recipe, student:Student, out:Path, classifiers:dict[str, nn.Linear]|None=None)->DistillStep:
     "A student with its losses; what was measured of the teachers is read from the folder of the run."
     names = list(student.config['teachers'])
@@ -162,8 +180,7 @@ def new_distill_step(recipe:Recipe, student:Student, out:Path, classifiers:dict[
     before = deepcopy(student).requires_grad_(False) if 'the student as it was' in needs_of(recipe.listen) else None
     if recipe.spectral: reparametrize(student.backbone)
     if recipe.checkpoint_activations: checkpoint_student(student)
-    with own_seed(f'{recipe.seed} listeners'):
-        listening = Listening(recipe.listen, student.config['teachers'], classifiers, student.backbone.inner_widths())
+    listening = new_listening(recipe, student, classifiers)
     return DistillStep(student, loss, cifd, recipe.precision == 'bfloat16', recipe.mesa,
                        listening if listening.lines else None, before)
 
@@ -181,8 +198,6 @@ def check_sizes(recipe:Recipe, plan:tuple[StagePlan, ...], student:Student, proc
         if processes > 1 and line.weight and LISTENERS[line.name].compares_images:
             raise BadInput(f'listener {line.name} compares the images of a batch, which {processes} processes would '
                            'divide: start one')
-        if line.weight and 'inner layers' in LISTENERS[line.name].needs:
-            new_listener(line, {}, {}).add_branches(student.backbone.inner_widths())   # may refuse
     for part in (part for stage in plan for part in stage.parts):
         for height, width in part.sizes():
             if height % patch or width % patch:
@@ -256,12 +271,17 @@ def teacher_fingerprint(spec:str, teacher:Teacher, seed:int)->str:
 
 def labels_fingerprint(images:Dataset)->str: # images: with a column `label`
     "A fingerprint of the labels of some images."
-    return fingerprint({'label': torch.tensor(images['label'][:])})
+    return fingerprint({'label': torch.tensor([-1 if label is None else label for label in images['label'][:]])})
+
+def crop_name(crop:Callable)->str:
+    "What a crop is called in the folder of a run: a data class by its fields, too."
+    name = f'{crop.__module__}.{getattr(crop, "__qualname__", type(crop).__name__)}'
+    return f'{name} {crop}' if is_dataclass(crop) else name
 
 def fingerprints(recipe:Recipe, ready:Prepared)->dict[str, str]:
     "Fingerprints of images, crop, labels and teachers, by what they are."
     found = {f'images {recipe.images}': f'{images_fingerprint(ready.train)} {images_fingerprint(ready.held)}',
-             'the crop': f'{ready.crop.__module__}.{getattr(ready.crop, "__qualname__", type(ready.crop).__name__)}'}
+             'the crop': crop_name(ready.crop)}
     if 'labels' in needs_of(recipe.listen): found['labels'] = labels_fingerprint(ready.train)
     return found | {f'teacher {name}': teacher_fingerprint(spec, ready.teachers[name], recipe.seed)
                     for name, spec in teacher_names(recipe.teachers).items()}

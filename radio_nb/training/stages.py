@@ -169,7 +169,7 @@ def check_listening(recipe:Recipe):
     for line in recipe.listen:
         check_line(line)
         for name in set(line.teachers) - set(names): raise unknown(f'teacher of listener {line.name}', name, names)
-        own = {(line.name, name) for name in line.teachers or names}
+        own = {(line.name, name) for name in line.teachers or names if line.weight}
         if own & told: raise BadInput(f'listener {line.name} is listed twice for a teacher; give it one weight')
         told |= own
     needs = needs_of(recipe.listen)
@@ -182,6 +182,9 @@ def check_listening(recipe:Recipe):
     if 'the student as it was' in needs and not recipe.init:
         raise BadInput(f'listener {needs["the student as it was"]} needs the student as it was: name the run that it '
                        'comes from, --init runs/mine')
+    if 'the student as it was' in needs and recipe.shard:
+        raise BadInput(f'shard: the student as it was, whom {needs["the student as it was"]} asks, is not sharded; '
+                       'leave out --shard')
     for line in (line for line in recipe.listen if line.weight):
         if 'a second teacher' in LISTENERS[line.name].needs and len(line.teachers or names) < 2:
             raise BadInput(f'listener {line.name} needs a second teacher: name one, or use kd')

@@ -26,11 +26,10 @@ from accelerate.utils import gather_object
 
 from ..targets.bad_input import BadInput
 from ..targets.normalizers import matmuls_in
-from ..models.student import FROM_LABELS, Student, remove_neck
+from ..models.student import Student, remove_neck
 from ..models.tensor_files import load_tensors
 from ..data.crops import Batch, batches_ahead, dead_workers_named
 from ..data.files import Progress, Stopped, atomic_write, stop_flag, write_json
-from ..listening.listeners import needs_of
 from .recipe import Recipe, check_names, recipe_toml
 from .run_folder import CheckpointWriter, begun, check_folder, check_inputs, folder_lock
 from .run_folder import forget_statistics, load_checkpoint, metrics_file
@@ -40,9 +39,9 @@ from .statistics import load_normalizers, load_summary_losses, open_sources, sta
 from .statistics import statistics_file, take_statistics, training_teachers
 from .monitor import flatten_metrics, imbalance_warning, read_logs
 from .trainer import Trainer, teacher_gradient_norms
-from .preparation import NOTHING, Inputs, Prepared, as_saved, began_alike, best_device
+from .preparation import NOTHING, Inputs, Prepared, as_saved, began_alike, best_device, classes_to_name
 from .preparation import check_readable, check_sizes, export_student, fingerprints, go_on_from
-from .preparation import identity, new_distill_step, new_student, prepare, saved_student
+from .preparation import identity, new_distill_step, new_listening, new_student, prepare, saved_student
 
 # %% ../../nbs/training/09_train.ipynb #1c2c0cbc
 def ignore(run, *more): "A callback that does nothing with a `TrainingRun`."
@@ -64,12 +63,11 @@ class TrainingRun:
         self.recipe, self.ready, self.accelerator, self.out, self.callbacks = recipe, ready, accelerator, out, callbacks
         self.main, self.total = accelerator.is_main_process, plan[-1].last
         self.widths = {name: teacher.widths() for name, teacher in ready.teachers.items()}
-        self.classes = ready.classes()
-        if 'a head for labels' in needs_of(recipe.listen):
-            self.classes |= {name + FROM_LABELS: count for name, count in self.classes.items()}
+        self.classes = classes_to_name(recipe, ready.classes())
         # normalized grids until the run ends; then the saved one
         self.student = new_student(recipe, self.widths, self.classes)
         check_sizes(recipe, plan, self.student, accelerator.num_processes)
+        new_listening(recipe, self.student, ready.classifiers)   # may refuse, before anything is measured
         self.trainer, self.warned, self.stop_asked = None, False, False
         self.teachers = training_teachers(recipe, ready.teachers)   # `ready` has them as they are
         self.log, self.unread, self.loss = {}, [], nan   # of the last step; not read yet; the last that was read

@@ -22,6 +22,7 @@ from ..targets.features import Features, grid_masks
 from ..targets.bad_input import BadInput
 from ..targets.normalizers import Normalizer, matmuls_in, multiply
 from ..losses.balancing import BETAS
+from ..losses.losses import at_least_float32
 from ..losses.multi_teacher import MultiTeacherLoss
 from ..models.randomness import rng_shard
 from ..models.student import FROM_LABELS, Student
@@ -68,8 +69,10 @@ def with_student(
     return lesson._replace(student=student_voices(student, outputs, lesson, layers))
 
 def student_voices(student, outputs, lesson, layers=()):
-    "What a student says to each teacher of a lesson."
-    logits = student.logits(outputs)
+    "What a student says to each teacher of a lesson; logits at full precision, as a teacher's are."
+    summaries = {name: own._replace(summary=at_least_float32(own.summary)) for name, own in outputs.items()}
+    with torch.autocast(next(iter(outputs.values())).spatial.device.type, enabled=False):
+        logits = student.logits(summaries)
     def voice(name):
         return Voice(*outputs[name], logits.get(name), from_labels=logits.get(name + FROM_LABELS), layers=layers)
     return {name: voice(name) for name in lesson.teachers}
