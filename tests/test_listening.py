@@ -318,7 +318,7 @@ def test_the_student_as_it_was_is_asked_and_kept_over_a_break(recipe, learned, t
     assert same_after_a_break(again, out, tmp_path/'again')
     weights, first = load_checkpoint(Path(out)/'checkpoints')['trainer']['weights'], Student.from_pretrained(learned)
     for name, value in first.backbone.state_dict().items():
-        assert torch.equal(weights[f'before.backbone.{name}'], value)
+        assert torch.equal(weights[f'before.network.backbone.{name}'], value)
     for name, value in first.backbone.named_parameters():
         assert not torch.equal(weights[f'student.backbone.{name}'], value)
     assert not [name for name in radio_nb.create(out).state_dict() if name.startswith('before')]

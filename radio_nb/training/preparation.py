@@ -44,7 +44,7 @@ from .run_folder import recipe_of
 from .stages import StagePlan, check_device, check_recipe
 from .teacher_cache import weights_fingerprint
 from .statistics import crop_sides, load_cifd_loss, load_normalizers
-from .trainer import DistillStep, retarget
+from .trainer import DistillStep, Frozen, retarget
 
 # %% ../../nbs/training/08_preparation.ipynb #a90f4389
 class Inputs(NamedTuple):
@@ -129,6 +129,7 @@ def check_labels(recipe:Recipe, images:Dataset|IterableDataset, classifiers:dict
                 raise BadInput(f'listener {line.name} needs the labels to number the classes of teacher {name}: it '
                                f'names {layer.out_features}, and the images have {len(names)}; let it hear others')
 
+# %% ../../nbs/training/08_preparation.ipynb #f4281fe4
 def prepare(
     recipe:Recipe,
     device:torch.device|None=None, # in place of the recipe's
@@ -177,7 +178,7 @@ def new_distill_step(recipe:Recipe, student:Student, out:Path, classifiers:dict[
     names = list(student.config['teachers'])
     loss = MultiTeacherLoss(recipe.method, *teacher_weights(recipe, names), recipe.balance, recipe.grid)
     cifd = load_cifd_loss(recipe, names, out)
-    before = deepcopy(student).requires_grad_(False) if 'the student as it was' in needs_of(recipe.listen) else None
+    before = Frozen(deepcopy(student)) if 'the student as it was' in needs_of(recipe.listen) else None
     if recipe.spectral: reparametrize(student.backbone)
     if recipe.checkpoint_activations: checkpoint_student(student)
     listening = new_listening(recipe, student, classifiers)
