@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LISTENERS', 'RAMPS', 'constant', 'rising', 'falling', 'warm_up', 'options_of', 'listener_rows', 'Line', 'needs_of',
-           'heard', 'check_line', 'new_listener', 'Listening']
+           'selected', 'check_line', 'new_listener', 'Listening']
 
 # %% ../../nbs/listening/06_listeners.ipynb #115e0003
 import inspect
@@ -76,8 +76,8 @@ def needs_of(lines:tuple[Line, ...])->dict[str, str]: # from what is needed, of 
     "All that some listeners need; one with weight 0 needs nothing."
     return {need: line.name for line in reversed(lines) if line.weight for need in LISTENERS[line.name].needs}
 
-def heard(line:Line, by_teacher:dict[str, Any])->dict[str, Any]: # in the same order
-    "What a listener hears of what there is of each teacher: all, where its line names none."
+def selected(line:Line, by_teacher:dict[str, Any])->dict[str, Any]: # in the same order
+    "What there is of the teachers that a line selects: of all, where it names none."
     return {name: own for name, own in by_teacher.items() if not line.teachers or name in line.teachers}
 
 def check_line(line:Line):
@@ -120,12 +120,12 @@ class Listening(nn.Module):
         super().__init__()
         self.lines, self.classifiers = [line for line in lines if line.weight], dict(classifiers or {})
         classes = {name: layer.out_features for name, layer in self.classifiers.items()}
-        self.listeners = nn.ModuleList(new_listener(line, heard(line, widths), heard(line, classes))
+        self.listeners = nn.ModuleList(new_listener(line, selected(line, widths), selected(line, classes))
                                        for line in self.lines)
         self.hears_layers = 'inner layers' in needs_of(self.lines)
         for line, listener in zip(self.lines, self.listeners):
             listener.add_branches(layers or [])
-            listener.add_classifiers(heard(line, self.classifiers))
+            listener.add_classifiers(selected(line, self.classifiers))
 
     @torch.no_grad()
     def lesson(self,
@@ -152,7 +152,7 @@ class Listening(nn.Module):
         with torch.autocast(device.type, enabled=False):   # losses are computed in float32
             for line, listener in zip(self.lines, self.listeners):
                 weight = line.weight*RAMPS[line.ramp](lesson.progress)
-                for teacher, loss in listener(lesson._replace(teachers=heard(line, lesson.teachers))).items():
+                for teacher, loss in listener(lesson._replace(teachers=selected(line, lesson.teachers))).items():
                     total = total + scale[teacher]*weight*loss
                     terms[teacher][line.name] = loss.detach()
         return total, terms
@@ -163,5 +163,5 @@ class Listening(nn.Module):
     ):
         "Called after each step, once."
         for line, listener in zip(self.lines, self.listeners):
-            losses = [own[line.name] for own in heard(line, terms).values() if line.name in own]
+            losses = [own[line.name] for own in selected(line, terms).values() if line.name in own]
             if losses: listener.update(sum(losses)/len(losses), progress)

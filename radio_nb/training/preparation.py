@@ -38,7 +38,7 @@ from ..data.labelled import open_labelled
 from ..agglomeration.resolutions import teachers_at
 from ..agglomeration.sharp import sharp_teachers
 from ..agglomeration.spectral import plain_weights, reparametrize
-from ..listening.listeners import LISTENERS, Listening, heard, needs_of
+from ..listening.listeners import LISTENERS, Listening, needs_of, selected
 from .recipe import Listen, Recipe, difference, teacher_names, teacher_weights
 from .run_folder import recipe_of
 from .stages import StagePlan, check_device, check_recipe
@@ -94,7 +94,7 @@ def load_classifiers(recipe:Recipe, teachers:dict[str, Teacher], device:torch.de
     found = {}
     if 'logits' not in needs_of(recipe.listen): return found
     summary_weights, _ = teacher_weights(recipe, list(teachers))
-    wanted = {name for line in lines_that_need('logits', recipe) for name in heard(line, teachers)}
+    wanted = {name for line in lines_that_need('logits', recipe) for name in selected(line, teachers)}
     for name, spec in teacher_names(recipe.teachers).items():
         if name not in wanted: continue
         try: layer = classifier_of(spec, recipe.seed)
@@ -112,7 +112,7 @@ def classes_to_name(recipe:Recipe, classes:dict[str, int])->dict[str, int]: # cl
     "How many classes a head of the student names, by teacher, and by teacher and `FROM_LABELS`."
     def taught(what):
         lines = [line for line in lines_that_need(what, recipe) if LISTENERS[line.name].answers]
-        return {name: n for name, n in classes.items() if any(name in heard(line, classes) for line in lines)}
+        return {name: n for name, n in classes.items() if any(name in selected(line, classes) for line in lines)}
     return taught('logits') | {name + FROM_LABELS: n for name, n in taught('a head for labels').items()}
 
 def check_labels(recipe:Recipe, images:Dataset|IterableDataset, classifiers:dict[str, nn.Linear]):
@@ -124,7 +124,7 @@ def check_labels(recipe:Recipe, images:Dataset|IterableDataset, classifiers:dict
         raise BadInput(f'listener {listener} needs labels, and the images that were handed over have no column label '
                        'of the type ClassLabel: open them with open_labelled')
     for line in lines_that_need('labels', recipe):
-        for name, layer in heard(line, classifiers).items():
+        for name, layer in selected(line, classifiers).items():
             if layer.out_features != len(names):
                 raise BadInput(f'listener {line.name} needs the labels to number the classes of teacher {name}: it '
                                f'names {layer.out_features}, and the images have {len(names)}; let it hear others')
