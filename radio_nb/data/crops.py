@@ -165,9 +165,8 @@ class Crops:
     ):
         self.images, self.size, self.seed, self.crop = images, size, seed, crop
         self.shuffle, self.views = shuffle, views
-        # −1 where nobody has said of which class an image is
-        self.labels = [-1 if label is None else label for label in images['label'][:]] \
-            if 'label' in images.column_names else None
+        labels = images['label'][:] if 'label' in images.column_names else None   # None or −1 where nobody has said
+        self.labels = None if labels is None else np.array([-1 if label is None else label for label in labels])
         self.draft, self.min_side = draft, shortest_side(size) if draft else 0
         self.epoch, self.order = None, None
 

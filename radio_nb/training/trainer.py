@@ -109,8 +109,7 @@ class DistillStep(nn.Module):
     ):
         super().__init__()
         self.student, self.loss, self.cifd, self.bfloat16 = student, loss, cifd, bfloat16
-        self.listening, self.before, self.mesa = listening, before, mesa
-        self.apart = None   # from the average in the last call, a scalar
+        self.listening, self.before, self.mesa, self.apart = listening, before, mesa, None   # apart: in the last call
 
     def no_weight_decay(self)->set[str]:
         "The student's own choice, by the names they have here."
