@@ -129,6 +129,12 @@ def test_all_suites_beside_teachers_and_others(mine, labelled, masks, capsys):
     assert 'segmentation mIoU' in page
 
 
+def test_another_model_does_not_take_the_name_of_a_teacher(mine):
+    "Of one name, the model would not be looked at: what the teacher says would be taken for its own."
+    evaluate(mine, '--images', 'zoo:photos', '--limit', 4, '--also', 'zoo:u2netp#96')
+    assert found(mine)['zoo:u2netp#96', 'cka, u2netp'].value < .999
+
+
 def test_the_vote_is_that_of_knn_accuracy(mine, labelled):
     evaluate(mine, '--suite', 'knn', '--train', labelled/'train', '--test', labelled/'test', '--k', 3)
     encode = own_features(Student.from_pretrained(mine))
@@ -197,6 +203,10 @@ def test_images_that_cannot_be_read_do_not_count(tmp_path, refused, mine):
     readable = ReadableImages(open_images(str(tmp_path)), (32, 32))
     assert [len(batch) for batch in readable] == [3] and (readable.n, readable.total) == (3, 3)
     assert list(readable.skipped) == [str(tmp_path/'bad.png')]
+    good, bad = png(Image.new('RGB', (40, 40))), {'bytes': b'no image', 'path': 'x.png'}
+    columns = Columns({'image': ImageColumn(decode=False)})
+    twice = ReadableImages(Dataset.from_dict({'image': [bad, good, bad]}, features=columns), (32, 32))
+    assert [len(batch) for batch in twice] == [1] and (twice.n, twice.total) == (1, 1)
     (tmp_path/'all').mkdir()
     (tmp_path/'bad.png').rename(tmp_path/'all'/'bad.png')
     assert 'none of 1 images can be read; the first: ' in refused('evaluate', mine, '--images', tmp_path/'all')

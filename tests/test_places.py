@@ -4,10 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from radio_nb.agglomeration.shifts import fixed_pattern
+from radio_nb.agglomeration.shifts import FixedPattern, fixed_pattern
 from radio_nb.evaluation.places import (
     PLACES,
-    FixedPattern,
     PlaceMeter,
     found,
     random_warps,
@@ -49,9 +48,13 @@ def test_a_model_that_sees_colours_finds_the_places_of_a_ramp_again():
 
 def test_a_pattern_in_batches_is_that_of_all():
     torch.manual_seed(0)
-    grids, meter = 5 + torch.randn(50, 3, 4, 6) + 2*torch.randn(3, 4, 6), FixedPattern()
-    for part in grids.split(8): meter.update(part)
-    assert_close(meter.result(), fixed_pattern(grids).mean().item())
+    grids, meter = 5 + torch.randn(2, 50, 3, 4, 6) + 2*torch.randn(3, 4, 6), FixedPattern()
+    for views in zip(*(x.split(8) for x in grids)): meter.update(*views)
+    assert_close(meter.by_position(), fixed_pattern(*grids))
+    mean = grids.double().mean(0)   # of the two looks
+    z = mean - mean.mean((1, 2), keepdim=True)
+    pattern = z.mean(0).square().sum(-1) - z.var(0).sum(-1)/50
+    assert_close(meter.by_position(), pattern/grids.double().flatten(0, 3).var(0, correction=0).sum())
 
 
 def test_far_is_not_found():

@@ -127,6 +127,23 @@ def test_a_pattern_is_found_in_whatever_units_and_place():
     assert (found[0] > 2*found[1:].max()).all() and abs(fixed_pattern(grids).mean()) < 3e-3
 
 
+def test_the_energy_of_a_pattern_is_right_on_average_for_few_images_in_pairs():
+    torch.manual_seed(0)
+    marks, found = torch.randn(2, 3, 5), []
+    for _ in range(2000):   # six images that differ as wholes and in their places, each seen twice with some noise
+        images = 2*torch.randn(6, 1, 1, 5) + torch.randn(6, 2, 3, 5) + marks
+        views = images + .3*torch.randn(2, *images.shape)
+        found.append(fixed_pattern(*views).mean()*views.flatten(0, 3).var(0, correction=0).sum())
+    found, true = torch.stack(found), (marks - marks.mean((0, 1))).square().sum(-1).mean()
+    assert abs(found.mean() - true) < 4*found.std()/2000**.5 < .02*true
+
+
+def test_images_that_differ_as_wholes_have_no_pattern_and_one_image_tells_nothing():
+    maps = torch.tensor([1., -1.])[:, None, None, None].expand(2, 3, 4, 2)
+    assert_close(fixed_pattern(maps), torch.zeros(3, 4).double())
+    assert fixed_pattern(maps[:1]).isnan().all()
+
+
 def test_a_student_of_another_stride_must_say_so(tmp_path):
     recipe = Recipe('zoo:photos', ('zoo:u2netp#64',), str(tmp_path/'run'), student='vit_small_patch8_224', depth=1,
                     size=64, steps=2, device='cpu', shift=1)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..targets.bad_input import BadInput
+from ..targets.moments import in_float64
 
 # %% ../../nbs/agglomeration/00_angles.ipynb #719e34d1
 def squared_angle(
@@ -28,14 +29,15 @@ def mean_direction(
     y:Tensor,  # summaries of a teacher, (n, C)
 )->Tensor:     # of length 1, (C,) float64
     "Where they point on the whole."
-    return F.normalize(F.normalize(y.double(), dim=-1).mean(0), dim=0)
+    return F.normalize(F.normalize(in_float64(y), dim=-1).mean(0), dim=0)
 
 def dispersion(
     y:Tensor,    # summaries of a teacher, (n, C)
     name:str='', # of the teacher, for the message
 )->float:        # in rad²
     "The mean squared angle to the mean direction (C-RADIOv4). Raises `BadInput` where all directions are the same."
-    disp = squared_angle(y.double(), mean_direction(y).expand(len(y), -1)).mean().item()
+    y = in_float64(y)
+    disp = squared_angle(y, mean_direction(y).expand(len(y), -1)).mean().item()
     if not disp > 1e-6: raise BadInput(f'teacher {name}: its summaries all have the same direction; give it the '
                                         'weight 0 in summary_weights')
     return disp

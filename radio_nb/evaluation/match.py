@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..targets.features import Features, resample
 from ..targets.bad_input import BadInput
-from ..targets.moments import Moments
+from ..targets.moments import Moments, in_float64
 from ..models.tensor_files import load_tensors
 from ..targets.normalizers import Normalizer, multiply
 
@@ -36,7 +36,7 @@ def linear_cka(
     "Linear centred kernel alignment, in float64 (Kornblith et al., arXiv 1905.00414, §3). Raises `BadInput`."
     if x.ndim != 2 or y.ndim != 2 or len(x) != len(y) or not len(x):
         raise BadInput(f'features must be (n, C) and (n, D), not {tuple(x.shape)} and {tuple(y.shape)}')
-    return _cka(Moments(x.shape[1] + y.shape[1]).update(torch.cat([x.double(), y.double()], 1)), x.shape[1])
+    return _cka(Moments(x.shape[1] + y.shape[1]).update(torch.cat([in_float64(x), in_float64(y)], 1)), x.shape[1])
 
 # %% ../../nbs/evaluation/00_match.ipynb #af426447
 def _rankme(squares):
@@ -90,8 +90,8 @@ class Match:
         teacher:Features,  # the teacher's features
     )->'Match':
         "Add a batch; the student's grid is resampled to the teacher's."
-        y = teacher.spatial.double().flatten(0, 2)
-        x = resample(student.spatial.float(), teacher.spatial.shape[1:3]).double().flatten(0, 2)
+        y = in_float64(teacher.spatial).flatten(0, 2)
+        x = in_float64(resample(student.spatial.float(), teacher.spatial.shape[1:3])).flatten(0, 2)
         self.positions, self.images = self.positions + len(y), self.images + len(teacher.summary)
         error = x - y
         self.squared_error += error.square().sum().item()
@@ -103,7 +103,7 @@ class Match:
         return self
 
     def _update_summaries(self, x, y):
-        if x.shape[-1]: self.summary_cosine += F.cosine_similarity(x.double(), y.double(), dim=-1).sum().item()
+        if x.shape[-1]: self.summary_cosine += F.cosine_similarity(in_float64(x), in_float64(y), dim=-1).sum().item()
         else: self.summary_cosine = float('nan')
 
     def _update_errors(self, error):

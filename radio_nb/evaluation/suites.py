@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..targets.features import Features, height_width, resample
 from ..targets.bad_input import BadInput
+from ..targets.moments import in_float64
 from ..targets.normalizers import Normalizer
 from ..models.specs import parse_spec
 from ..models.teachers import Teacher
@@ -261,12 +262,12 @@ class ReadableImages:
         what:str='evaluate',                      # on the line of progress
     ):
         self.images, self.size, self.stopped, self.what = images, size, stopped, what
-        self.skipped, self.n = {}, 0   # why images were left out, by their names; and how many were used
+        self.skipped, self.unreadable, self.n = {}, 0, 0   # why images were left out, by their names; how many
 
     @property
     def total(self)->int:
         "How many images there are, without those that turned out to be unreadable."
-        return len(self.images) - len(self.skipped)
+        return len(self.images) - self.unreadable
 
     def crops(self)->Iterator[Tensor]:
         "One crop after the other, (3, H, W) uint8."
@@ -275,7 +276,9 @@ class ReadableImages:
             if self.stopped(): return
             row = self.images[i]['image']
             try: yield centre_crop(decode(row), self.size)
-            except Unreadable as e: self.skipped[row and row['path'] or f'row {i}'] = str(e)
+            except Unreadable as e:
+                self.unreadable += 1   # of a name there may be two
+                self.skipped[row and row['path'] or f'row {i}'] = str(e)
             progress(i + 1)
 
     def __iter__(self)->Iterator[Tensor]: # (B, 3, H, W) in [0, 1]
@@ -294,8 +297,8 @@ class Alignment(Match):
 
     def update(self, own:Features, teacher:Features)->'Alignment':
         "Take in a batch; the grid `own` is resampled to the teacher's."
-        y = teacher.spatial.double().flatten(0, 2)
-        x = resample(own.spatial.float(), teacher.spatial.shape[1:3]).double().flatten(0, 2)
+        y = in_float64(teacher.spatial).flatten(0, 2)
+        x = in_float64(resample(own.spatial.float(), teacher.spatial.shape[1:3])).flatten(0, 2)
         self.teacher.update(y)
         self._update_joint(x, y)
         return self

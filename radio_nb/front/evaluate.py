@@ -71,13 +71,13 @@ def other_models(
     own:bool,              # whether the run's teachers are among them
 )->dict[str, tuple[str, Teacher]]: # by name
     "Pretrained models to compare a student with."
-    teachers = dict(zip(run.recipe.teachers, run.teachers)) if own else {}   # names by spec
-    specs = tuple(dict.fromkeys([*teachers, *specs]))
-    names = teacher_names(specs) if specs else {}
+    teachers = dict(zip(run.recipe.teachers, run.teachers))   # names by spec; no other model gets one of them
+    names = teacher_names(tuple(dict.fromkeys([*teachers, *specs])))
+    wanted = {*(teachers if own else ()), *specs}
     def load(name, spec):
         if spec in teachers: return run.teachers[teachers[spec]], load_own(run, teachers[spec])
         return spec, load_teacher(spec, name=name, seed=run.recipe.seed).to(run.device)
-    return {teachers.get(spec, name): load(name, spec) for name, spec in names.items()}
+    return {teachers.get(spec, name): load(name, spec) for name, spec in names.items() if spec in wanted}
 
 # %% ../../nbs/front/05_evaluate.ipynb #234b5643
 def beside_constant(run:FinishedRun, teachers:dict[str, Teacher])->dict[str, Callable]: # see `teacher_match`

@@ -27,7 +27,7 @@ class PCAColours:
     def __init__(self,
         spatial:Tensor, # features to take the directions from, (B, H, W, D)
     ):
-        rows = spatial.double().flatten(0, 2).cpu()
+        rows = spatial.cpu().double().flatten(0, 2)
         self.mean = rows.mean(0)
         self.directions = torch.linalg.svd(rows - self.mean, full_matrices=False).Vh[:3].T
         projected = (rows - self.mean) @ self.directions
@@ -37,7 +37,7 @@ class PCAColours:
         spatial:Tensor, # features of the same width, (..., D)
     )->Tensor:          # (..., 3) in [0, 1]
         "The colours of features."
-        projected = (spatial.double().cpu() - self.mean) @ self.directions
+        projected = (spatial.cpu().double() - self.mean) @ self.directions
         return ((projected - self.low)/(self.high - self.low).clamp_min(1e-12)).clamp(0, 1)
 
 # %% ../../nbs/front/00_pictures.ipynb #331e1956

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..targets.features import Features, grid_masks, height_width
 from ..targets.bad_input import BadInput
-from ..targets.moments import Moments
+from ..targets.moments import Moments, in_float64
 from ..targets.normalizers import Normalizer
 from ..targets.phi_s import ENOUGH, fit_normalizer, too_few
 from ..losses.methods import METHODS
@@ -65,7 +65,7 @@ def measure(
     for by_teacher in features:
         for name, (summary, spatial, *mask) in by_teacher.items():
             moments.setdefault(name, Moments(spatial.shape[-1], f'teacher {name}')).update(spatial, *mask)
-            directions = F.normalize(summary.double(), dim=-1)
+            directions = F.normalize(in_float64(summary), dim=-1)
             sums[name], counts[name] = sums.get(name, 0) + directions.sum(0), counts.get(name, 0) + len(summary)
             samples.setdefault(name, []).extend([sample_positions(spatial.float(), sample, *mask)] if sample else [])
             kept.setdefault(name, []).extend([directions.float()] if keep_directions else [])
