@@ -1,4 +1,5 @@
 """Features of many images and labels for them: what a kill leaves, what the files hold, what is refused."""
+import radio_nb  # noqa: F401, I001  before open_clip, so that torchvision can be imported
 import csv
 import json
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import open_clip
 import pandas as pd
 import pytest
 import torch
@@ -357,7 +359,7 @@ def clip_run(tmp_path_factory):
     home = tmp_path_factory.mktemp('clip')
     small = [*SMALL[SMALL.index('--size'):], '--seed', '3']
     torch.manual_seed(0)
-    weights = zero_shot.open_clip.create_model(CLIP).state_dict()
+    weights = open_clip.create_model(CLIP).state_dict()
     save_file({name: tensor.clone() for name, tensor in weights.items()}, home/'clip.safetensors')
     for name, clip in (('random', 'random#64'), ('file', f'{home}/clip.safetensors')):
         spec = f'open_clip:{CLIP}@{clip}'
@@ -399,10 +401,10 @@ def test_random_text_towers_belong_to_the_seed_of_the_run(clip_run, tmp_path, mo
     "In evaluate and in zero-shot alike; before, they were those of seed 0 and of another size of images."
     spec, seen = f'open_clip:{CLIP}@random#64', []
     teacher, tower = load_teacher(spec, seed=3), TextTower(spec, seed=3)
-    whole = zero_shot.open_clip.create_model(CLIP, force_image_size=64)
+    whole = open_clip.create_model(CLIP, force_image_size=64)
     whole.load_state_dict({**{f'visual.{key}': value for key, value in teacher.model.state_dict().items()},
                            **tower.model.state_dict()})   # strict: the two halves are a whole
-    with zero_shot.own_seed(f'3 open_clip:{CLIP}'): drawn = zero_shot.open_clip.create_model(CLIP, force_image_size=64)
+    with zero_shot.own_seed(f'3 open_clip:{CLIP}'): drawn = open_clip.create_model(CLIP, force_image_size=64)
     assert all(torch.equal(value, drawn.state_dict()[key]) for key, value in whole.state_dict().items())
     other = TextTower(spec).model.state_dict()
     assert not all(torch.equal(value, other[key]) for key, value in tower.model.state_dict().items())
@@ -435,7 +437,7 @@ def test_zero_shot_refuses(clip_run, run, refused, tmp_path):
     mine = shutil.copytree(clip_run/'file', tmp_path/'mine')
     text = (mine/'recipe.toml').read_text()
     torch.manual_seed(1)
-    weights = zero_shot.open_clip.create_model(CLIP).state_dict()
+    weights = open_clip.create_model(CLIP).state_dict()
     save_file({name: tensor.clone() for name, tensor in weights.items()}, tmp_path/'other.safetensors')
     (mine/'recipe.toml').write_text(text.replace(f'{clip_run}/clip.safetensors', f'{tmp_path}/other.safetensors'))
     assert 'teacher' in command(model=mine)   # its weights are not those that the student learned from

@@ -1,6 +1,8 @@
 "What a chapter cannot show of zero-shot classification: invariances on random inputs, the cache, and what is refused."
+import radio_nb  # noqa: F401, I001  before open_clip, so that torchvision can be imported
 import os
 
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,7 @@ def clip_file(tmp_path_factory):
     "A file with a whole CLIP of random weights."
     path = tmp_path_factory.mktemp('clip')/'clip.safetensors'
     torch.manual_seed(0)
-    weights = zero_shot.open_clip.create_model(ARCH).state_dict()
+    weights = open_clip.create_model(ARCH).state_dict()
     save_file({name: tensor.clone() for name, tensor in weights.items()}, path)
     return path
 

@@ -22,7 +22,6 @@ from ..models.randomness import own_seed
 from ..models.specs import parse_spec
 from ..models.teachers import open_clip_model
 from ..models.tensor_files import load_tensors, save_tensors
-import open_clip  # after radio_nb, see its `__init__`
 
 # %% ../../nbs/evaluation/02_zero_shot.ipynb #16f3467a
 TEMPLATES = ('a photo of a {}.', 'a photo of one {}, seen close up.', 'a photo with a {} far away.',
@@ -123,6 +122,7 @@ class TextTower:
 
 def _tokenizer(arch):
     "The tokenizer of an open_clip architecture; it may need a hub."
+    import open_clip   # takes seconds, and few need it
     try: return open_clip.get_tokenizer(arch)
     except Exception as e:
         raise BadInput(f'open_clip:{arch}: its tokenizer is not part of open_clip and could not be '
