@@ -403,6 +403,8 @@ def test_runs_that_differ_in_more_than_the_seed_stay_apart():
     runs = {'a': BASE, 'b': replace(BASE, seed=1, out='elsewhere'),
             'c': replace(BASE, seed=2, lr=.1), 'd': replace(BASE, lr=.1)}
     assert by_seed(runs) == [['a', 'b'], ['c', 'd']]
+    with pytest.raises(BadInput, match='b and e have the same recipe and seed'):
+        by_seed({**runs, 'e': replace(BASE, seed=1, out='copy')})
 
 
 def evaluated(folder, recipe, **values):

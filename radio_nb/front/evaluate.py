@@ -212,14 +212,17 @@ def evaluate(
 def by_seed(
     recipes:dict[str, Recipe], # by run
 )->list[list[str]]:            # runs that differ in nothing but the seed, together
-    "Group runs over seeds."
+    "Group runs over seeds. Raises `BadInput` for two of the same seed."
     groups = []
     for run, recipe in recipes.items():
-        for group in groups:
-            if not difference(replace(recipe, seed=0), replace(recipes[group[0]], seed=0)):
-                group.append(run)
-                break
-        else: groups.append([run])
+        group = next((group for group in groups
+                      if not difference(replace(recipe, seed=0), replace(recipes[group[0]], seed=0))), [])
+        for other in group:
+            if recipes[other].seed == recipe.seed:
+                raise BadInput(f'{other} and {run} have the same recipe and seed; name one of them: every run counts '
+                               'as a seed of its own')
+        if not group: groups.append(group)
+        group.append(run)
     return groups
 
 def compare_folders(
