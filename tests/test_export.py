@@ -1,6 +1,8 @@
 "A student that leaves: every file gives what the student gives, without this library, or is not written."
 import subprocess  # noqa: I001
 import sys
+from dataclasses import replace
+from math import inf
 
 import radio_nb  # noqa: F401  before timm, so that torchvision can be imported
 import numpy as np
@@ -17,8 +19,8 @@ from torch.testing import assert_close
 from radio_nb.evaluation.scores import Score, save_scores
 from radio_nb.front import export
 from radio_nb.front.cli import main
-from radio_nb.front.export import FORMATS, export_student, timm_arguments
-from radio_nb.front.model_card import MARK, is_non_commercial, licence_of, model_card, write_card
+from radio_nb.front.export import FORMATS, difference, export_student, timm_arguments
+from radio_nb.front.model_card import MARK, beginnings, is_non_commercial, licence_of, model_card, write_card
 from radio_nb.models.eradio import ERadio
 from radio_nb.models.program import as_program, fixed_padding, named_outputs, replaced
 from radio_nb.models.student import Student
@@ -255,6 +257,41 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path):
     assert (folder/'mine.txt').read_text() == 'mine' and not list(tmp_path.glob('*.part'))
 
 
+def test_another_model_in_the_folder_is_left_alone(tmp_path):
+    "Its files have the names that transformers gives them all."
+    pytest.importorskip('transformers')
+    saved(tmp_path, depth=1)
+    other = tmp_path/'other'
+    other.mkdir()
+    for name in ('config.json', 'model.safetensors', 'preprocessor_config.json'): (other/name).write_text('mine')
+    with pytest.raises(BadInput, match='other holds config.json, which is not of an export'):
+        export_student(tmp_path, 'transformers', out=other)
+    assert {path.read_text() for path in other.iterdir()} == {'mine'}
+
+
+def test_a_file_that_is_there_is_left_alone(tmp_path):
+    "Of all files this could be the student itself."
+    saved(tmp_path, depth=1)
+    before = (tmp_path/'student.safetensors').read_bytes()
+    with pytest.raises(BadInput, match='student.safetensors is there already: choose another name'):
+        export_student(tmp_path, 'timm', out=tmp_path/'student.safetensors')
+    assert (tmp_path/'student.safetensors').read_bytes() == before
+
+
+@pytest.mark.parametrize('format', FORMATS)
+def test_a_student_without_summaries_leaves_in_every_format(format, tmp_path):
+    [pytest.importorskip(name) for name in FORMATS[format].needs]
+    torch.manual_seed(0)
+    Student('test_vit', {'u': (0, 16)}, head_width=8).save_pretrained(tmp_path)
+    assert export_student(tmp_path, format, size=(64, 64) if FORMATS[format].sized else None).difference <= 1e-4
+
+
+def test_small_features_are_compared_by_their_own_size():
+    ours = {'x': torch.full((1, 2, 2, 3), .02), 'none': torch.zeros(1, 0, 3)}
+    assert difference({**ours, 'x': torch.zeros(1, 2, 2, 3)}, ours) == pytest.approx(1) and difference(ours, ours) == 0
+    assert difference({**ours, 'none': torch.zeros(1, 1, 3)}, ours) == inf
+
+
 def test_what_differs_from_the_student_is_not_written_and_what_was_there_stays(tmp_path, monkeypatch):
     student = saved(tmp_path, depth=1)
     before = export_student(tmp_path, 'timm').path.read_bytes()
@@ -364,6 +401,17 @@ def test_a_student_of_a_teacher_that_is_not_for_commerce_says_so(tmp_path):
     assert is_non_commercial('CC BY-NC 4.0') and not is_non_commercial('DINOv3-License')
 
 
+def test_the_weights_that_a_student_began_with_have_licences_too(tmp_path):
+    Student('test_vit', {'u2netp': (64, 64)}, head_width=8).save_pretrained(tmp_path)
+    recipe = Recipe(images='zoo:photos', teachers=('zoo:u2netp',), out=str(tmp_path),
+                    student='timm:vit_base_patch16_224.mae')
+    (tmp_path/'recipe.toml').write_text(recipe_toml(recipe))
+    card = model_card(tmp_path)
+    assert '**Not for commercial use**' in card and '| its network | timm:vit_base_patch16_224.mae |' in card
+    recipe = replace(recipe, student='test_vit', init='runs/a')
+    assert beginnings(recipe) == {'an earlier student': ('runs/a', 'unknown')}
+
+
 def test_the_folder_for_transformers_has_a_card_of_its_own(tmp_path):
     "Whoever uploads it takes the licences along."
     pytest.importorskip('transformers')
@@ -371,13 +419,13 @@ def test_the_folder_for_transformers_has_a_card_of_its_own(tmp_path):
     for _ in range(2): main(['export', str(tmp_path), '--format', 'transformers'])   # the second time over the card
     card = (tmp_path/'student_transformers'/'README.md').read_text()
     assert 'library_name: transformers' in card and "AutoModel.from_pretrained('FOLDER', trust_remote_code" in card
-    assert 'The licence of at least one teacher is unknown' in card and 'radio_nb.create' not in card
+    assert 'At least one licence is unknown' in card and 'radio_nb.create' not in card
 
 
 def test_a_card_is_made_again_until_somebody_takes_it_over(tmp_path):
     Student('test_vit', {'mine': (0, 64)}, head_width=8).save_pretrained(tmp_path)
     card = write_card(tmp_path).read_text()
-    assert 'The licence of at least one teacher is unknown' in card and MARK in card
+    assert 'At least one licence is unknown' in card and MARK in card
     (tmp_path/'README.md').write_text('old\n' + MARK)
     assert write_card(tmp_path).read_text() == card
     (tmp_path/'README.md').write_text(card.replace(MARK, ''))

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from radio_nb.targets import moments as chapter
-from radio_nb.targets.moments import Moments, NonFinite, float64_device, sums_in_chunks
+from radio_nb.targets.moments import CHUNK, Moments, NonFinite, float64_device, in_float64, sums_in_chunks
 
 quick = settings(max_examples=30, deadline=None)
 seeds = st.integers(0, 2**31)
@@ -97,9 +97,12 @@ def test_inference_mode_leaves_nothing_that_cannot_go_on():
     assert found.count == 15
 
 
+@pytest.mark.skipif(not torch.backends.mps.is_available(), reason='every device here has float64')
 def test_a_device_without_float64_is_summed_on_the_cpu():
-    if torch.backends.mps.is_available(): assert float64_device(torch.device('mps')) == torch.device('cpu')
-    assert float64_device(torch.device('cpu')) == torch.device('cpu')
+    x = torch.randn(CHUNK, 3)   # in several pieces
+    assert float64_device(torch.device('mps')) == torch.device('cpu')
+    assert_close(Moments(3).update(x.to('mps')).cov, Moments(3).update(x).cov)
+    assert_close(in_float64(x.to('mps')[1:]), x[1:].double())
 
 
 def test_a_large_mean_with_a_small_deviation():

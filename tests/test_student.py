@@ -2,9 +2,11 @@
 import json  # noqa: I001
 import subprocess
 import sys
+from contextlib import suppress
 
 import radio_nb  # noqa: F401  before timm, so that torchvision can be imported
 import pytest
+import timm
 import torch
 from conftest import SMALL
 from hypothesis import given, settings
@@ -17,7 +19,8 @@ from torch.testing import assert_close
 
 from radio_nb.cifd.controlled_flow import TokenBottleneck
 from radio_nb.front.cli import main
-from radio_nb.models.backbones import Transformer, find_network, new_backbone
+from radio_nb.data.images import Unreadable, to_rgb
+from radio_nb.models.backbones import TimmNetwork, Transformer, find_network, new_backbone
 from radio_nb.models.eradio import ERadio
 from radio_nb.models.student import Head, Student, check_microbatch
 from radio_nb.models.tokens import from_windows, into_windows, windowed, windowed_blocks
@@ -490,8 +493,40 @@ def test_a_picture_of_any_mode_is_preprocessed(mode):
     student = small().eval()
     pixels = student.preprocess(Image.new('RGB', (50, 33), 'white').convert(mode))
     assert pixels.shape == (3, 32, 48) and pixels.dtype == torch.float32 and pixels.min() == pixels.max() == 1
-    assert student.preprocess(Image.new(mode, (9, 9)), (64, 90)).shape == (3, 64, 96)
+    assert student.preprocess(Image.new('RGB', (9, 9)).convert(mode), (64, 90)).shape == (3, 64, 96)
     with torch.inference_mode(): assert student(pixels[None])['sam'].spatial.isfinite().all()
+
+
+@pytest.mark.parametrize('picture', [Image.new('I;16', (9, 9), 600), Image.new('F', (9, 9)),
+                                     Image.new('RGBA', (9, 9), (0, 0, 0, 0)), Image.new('LA', (9, 9), (9, 254))])
+def test_a_picture_that_would_become_another_is_refused(picture):
+    "Training sees it by `to_rgb`; `convert` clips sixteen bits and shows what lies under what is transparent."
+    with pytest.raises(BadInput, match='has more than 8 bits or is transparent: radio_nb.data.images.to_rgb makes'):
+        small().preprocess(picture)
+    with suppress(Unreadable): small().preprocess(to_rgb(picture))
+
+
+@pytest.mark.parametrize('name, registers', [('vit_tiny_patch16_224', 0), ('vit_small_patch14_reg4_dinov2', 4),
+                                             ('test_vit', 0)])
+def test_a_trained_transformer_gives_its_tokens_as_its_first_block_sees_them(name, registers):
+    torch.manual_seed(0)
+    vit = timm.create_model(name, num_classes=0, depth=1)
+    for p in vit.parameters(): nn.init.normal_(p)
+    first = vit._pos_embed(vit.patch_embed(torch.zeros(1, 3, *vit.patch_embed.img_size))).detach()
+    prefix = Transformer(TimmNetwork(vit, (.5,)*3, (.5,)*3, name, trained=True), n_class=2).prefix.detach()
+    assert vit.num_prefix_tokens == 1 + registers
+    assert_close(prefix[:, :2], first[:, :1].expand(-1, 2, -1))
+    assert_close(prefix[:, 2:2 + registers], first[:, 1:1 + registers])
+
+
+def test_what_a_student_would_leave_out_is_refused():
+    with pytest.raises(BadInput, match='aimv2_large_patch14_224 normalizes its patches'), torch.device('meta'):
+        Student('aimv2_large_patch14_224', {'a': (0, 8)}, depth=1)
+    for name in ('timm:test_vit/-2@random', 'timm:test_vit@random#96'):
+        with pytest.raises(BadInput, match='of a student name the network alone, without layers'):
+            Student(name, {'a': (0, 8)})
+    with pytest.raises(BadInput, match='starts from a timm network, not from hf:facebook/dinov2-small'):
+        Student('hf:facebook/dinov2-small', {'a': (0, 8)})
 
 
 def test_a_picture_that_lies_on_its_side_is_turned():

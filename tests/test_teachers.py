@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
 
+from radio_nb.models.backbones import find_network
 from radio_nb.models.feature_extraction import hf_grid
 from radio_nb.models.specs import parse_spec
 from radio_nb.models.teachers import Teacher, _clip_normalization, load_teacher, own_seed
@@ -216,6 +217,46 @@ def test_weights_of_a_clip_whose_normalization_depends_on_its_tag():
         _clip_normalization(parse_spec('open_clip:ViT-L-14@my.pt'), own)
     with pytest.raises(BadInput, match="unknown tag of ViT-L-14 'opnai': did you mean openai"):
         load_teacher('open_clip:ViT-L-14/opnai@my.pt')
+
+
+def test_weights_of_timm_whose_normalization_depends_on_its_tag(tmp_path):
+    "Those of DINO and those of AugReg have the same names, and were trained on other numbers."
+    weights = timm.create_model('vit_small_patch16_224', num_classes=0).state_dict()
+    save_file(weights, path := tmp_path/'vit.safetensors')
+    with pytest.raises(BadInput, match='which ones the file holds, timm:vit_small_patch16_224.TAG@.*; tags: .*dino'):
+        load_teacher(f'timm:vit_small_patch16_224@{path}')
+    assert abs(load_teacher(f'timm:vit_small_patch16_224.dino@{path}').mean[0] - .485).max() < 1e-6
+    save_file(weights, path, {'mean': '.1,.2,.3', 'std': '1,1,1'})
+    assert abs(load_teacher(f'timm:vit_small_patch16_224@{path}').mean[0] - .1).max() < 1e-6
+    assert find_network(f'timm:vit_small_patch16_224@{path}').mean == (.1, .2, .3)
+
+
+@pytest.mark.parametrize('name, activation', [
+    ('ViT-B-32/openai', 'QuickGELU'), ('ViT-B-32/laion2b_s34b_b79k', 'GELU'), ('ViT-B-32', 'GELU'),
+    ('ViT-B-32-quickgelu/openai', 'QuickGELU')])
+def test_a_clip_has_the_activation_that_its_weights_were_trained_with(name, activation):
+    clip = load_teacher(f'open_clip:{name}@random#32').model
+    assert {type(block.mlp.gelu).__name__ for block in clip.transformer.resblocks} == {activation}
+
+
+def test_weights_of_a_clip_whose_activation_depends_on_its_tag():
+    with pytest.raises(BadInput, match='differ in their activation, GELU or QuickGELU: say which ones the file holds'):
+        load_teacher('open_clip:ViT-B-32@my.pt')
+
+
+def test_weights_that_timm_stumbles_over_are_refused(tmp_path):
+    save_file({'layers.2.blocks.6.attn.relative_position_index': torch.zeros(1)}, path := tmp_path/'swin.safetensors')
+    with pytest.raises(BadInput, match='do not fit SwinTransformer'):
+        load_teacher(f'timm:swin_tiny_patch4_window7_224.ms_in1k@{path}')
+
+
+def test_a_model_that_hides_most_of_an_image_is_refused(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    config = transformers.ViTMAEConfig(image_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                       intermediate_size=16)
+    transformers.ViTMAEModel(config).save_pretrained(tmp_path)
+    transformers.ViTImageProcessor(size={'height': 64, 'width': 64}).save_pretrained(tmp_path)
+    with pytest.raises(BadInput, match='hides three quarters of every image at random'): load_teacher(f'hf:{tmp_path}')
 
 
 def test_wide_images_have_wide_grids():

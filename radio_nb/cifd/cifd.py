@@ -77,8 +77,10 @@ class CIFDLoss(nn.Module):
         grid:str='larger',                  # see `same_grid`
     ):
         super().__init__()
-        self.names, self.coders = list(modules), nn.ModuleList(modules.values())
+        self.names, self.coders = list(modules), nn.ModuleList(modules.values()).eval()
         self.weights, self.nat = weights, bottleneck
+        if any(not torch.equal(coder.rates, self.coders[0].rates) for coder in self.coders):
+            raise BadInput('the modules of all teachers must have the same rates, in one order')
         self.rates = [f'R={rate:g}' for rate in self.coders[0].rates.tolist()]
         sources = {'teacher': 1.} | dict.fromkeys(self.rates, weight/len(self.rates))
         self.loss = ControlledFlowLoss(sources, dropout=dropout, distance=partial(spatial_loss, kind=kind, grid=grid))
@@ -103,7 +105,8 @@ class CIFDLoss(nn.Module):
         masks:dict[str, Tensor]|None=None, # by teacher, see `spatial_loss`
     )->tuple[Tensor, dict[str, dict[str, Tensor]]]: # the loss; and for a log, by teacher and module
         "The distances to the compressed teachers, and the penalty for the student's bits."
-        kept, scale, masks, terms, total = kept or self.kept(), scale or {}, masks or {}, {n: {} for n in targets}, 0
+        kept, scale, masks = kept or self.kept(), scale or {}, masks or {}
+        total, terms = torch.zeros(()), {name: {} for name in targets}
         for name, coder in zip(self.names, self.coders):
             if name not in targets or not self.weights[name]: continue
             sources = dict(zip(self.rates, map(ModelOutput, compressed(coder, targets[name].spatial))))

@@ -98,7 +98,8 @@ class ControlledFlowLoss(nn.Module):
         "The loss of a step."
         for name in sources:
             if name not in self.weights: raise unknown('source', name, list(self.weights))
-        kept, terms, total = kept or self.kept(), {}, 0
+        kept, terms = kept or self.kept(), {}
+        total = 0*student.embedding.sum()   # has a gradient where every source is left out, too
         for name, source in sources.items():
             terms[name] = self.distance(student.embedding, source.embedding, **options)
             if kept[name]: total = total + self.weights[name]*terms[name]

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..targets.bad_input import BadInput
+from ..targets.moments import in_float64
 from ..models.randomness import uniform
 
 # %% ../../nbs/cifd/00_rate_distortion.ipynb #a2e28589
@@ -233,7 +234,7 @@ def measure_modules(
     modules.eval()
     for rows in x.split(batch_size):
         output = modules(rows)
-        bits = bits + output.bits.double().sum(1)
-        errors = errors + (output.reconstruction - rows).double().square().sum((1, 2))
+        bits = bits + in_float64(output.bits).sum(1)
+        errors = errors + in_float64(output.reconstruction - rows).square().sum((1, 2))
     modules.train(training)
     return [Point(*values) for values in zip(modules.rates.tolist(), (bits/len(x)).tolist(), (errors/len(x)).tolist())]

@@ -390,7 +390,7 @@ def export_command(run:RunFolder, flags:tyro.conf.OmitArgPrefixes[ExportFlags]):
     from radio_nb.front.model_card import write_card
     exported = export_student(run, flags.format, flags.half, flags.out, pixels)
     path, card = exported.path, write_card(Path(run))
-    if path.is_dir(): write_card(Path(run), path, flags.format, exported.usage.replace(str(path), 'FOLDER'))
+    if path.is_dir(): write_card(Path(run), path, flags.format, exported.usage.replace(repr(str(path)), "'FOLDER'"))
     what = f'{path} ({exported.megabytes:.1f} MB{", float16" if flags.half else ""})'
     print(f'{what} gives what the student does, but for {exported.difference:.1e}.')
     if card: print(f'What it is and what may be done with it is in {card}.')

@@ -41,12 +41,13 @@ def difference(
     theirs:dict[str, Tensor],
     ours:dict[str, Tensor],    # as it should be
 )->float:                      # infinite for other shapes and for NaN
-    "The largest difference, relative to the largest value of a tensor where that is above 1."
+    "The largest difference, as a share of the largest value of its tensor."
     worst = 0.
     for name, own in ours.items():
         found = theirs[name].float()
         if found.shape != own.shape: return inf
-        apart = float((found - own.float()).abs().max()/own.float().abs().max().clamp(min=1))
+        if not own.numel(): continue   # the summary of a student that has none
+        apart = float((found - own.float()).abs().max()/own.float().abs().max().clamp(min=1e-6))
         worst = max(worst, apart) if apart < inf else inf
     return worst
 
@@ -93,7 +94,8 @@ class Format:
 
     def photo(self, sides:str='')->str: # what else to say of its size
         "Python that opens an image."
-        sides = sides or f'or other multiples of {self.backbone.patch}'
+        pyramid = isinstance(self.backbone, Pyramid)
+        sides = sides or f'or other multiples of {self.backbone.patch}{", two at least" if pyramid else ""}'
         return ('from PIL import Image\n'
                 f"image = Image.open('photo.jpg').convert('RGB').resize({self.size[::-1]})   # {sides}\n")
 
@@ -310,8 +312,9 @@ def put(part:Path, path:Path):
     "Give a file or a folder its name. Raises `BadInput` for a folder that holds anything but an export and its card."
     if not path.is_dir(): part.replace(path)
     else:
-        known = {'README.md', *(file.name for file in part.iterdir())}
-        strange = sorted({file.name for file in path.iterdir()} - known)
+        there, known = {file.name for file in path.iterdir()}, {'README.md', *(file.name for file in part.iterdir())}
+        # other models have files of the same names, all but this one
+        strange = sorted(there - known if 'modeling_student.py' in there else there)
         if strange: raise BadInput(f'{path} holds {strange[0]}, which is not of an export: choose another --out')
         for file in part.iterdir(): file.replace(path/file.name)
 
@@ -357,6 +360,7 @@ def export_student(
     if path.suffix != Path(kind.file).suffix:
         raise BadInput(f'--out {path}: the name of a file for {format} ends in {Path(kind.file).suffix or "no dot"}')
     if out and not path.parent.is_dir(): raise BadInput(f'--out {path}: make the folder {path.parent} first')
+    if out and path.is_file(): raise BadInput(f'--out {path} is there already: choose another name, or remove it first')
     student = Student.from_pretrained(folder)
     if any(side % student.backbone.patch for side in size or ()):
         raise BadInput(f'--size {size[0]}x{size[1]}: both sides must be a multiple of {student.backbone.patch}')

@@ -23,7 +23,7 @@ from ..targets.bad_input import BadInput
 from .randomness import uniform
 from .specs import parse_spec
 from .zoo import zoo_model
-from .teachers import timm_model
+from .teachers import timm_model, timm_normalization
 from .tokens import CroppedPositions, windowed_blocks
 
 # %% ../../nbs/models/08_backbones.ipynb #28f44550
@@ -33,6 +33,7 @@ class TimmNetwork(NamedTuple):
     mean: tuple        # of its normalized input, by channel
     std: tuple
     architecture: str  # timm's name of it, without weights
+    trained: bool = False  # whether its weights are those of a training
 
 def _any_size(name):
     "With what timm must build a network that would otherwise insist on one size of images."
@@ -47,12 +48,15 @@ def find_network(
 )->TimmNetwork:
     "The timm network called `name`, with weights if it is a spec. Raises `BadInput` for other networks."
     spec = parse_spec(name if ':' in name else f'timm:{name}@random')
-    if spec.source == 'open_clip': raise BadInput(f'a student starts from a timm network, not from {name}')
+    if spec.source not in ('timm', 'zoo'): raise BadInput(f'a student starts from a timm network, not from {name}')
+    if spec.layers or spec.size:
+        raise BadInput(f'{name}: of a student name the network alone, without layers (/) and size (#)')
     model = zoo_model(spec.name).load() if spec.source == 'zoo' else timm_model(spec, **_any_size(spec.name))
     cfg = getattr(model, 'default_cfg', None)
     if cfg is None:
         raise BadInput(f'a student starts from a timm network, and {name} is not one; zoo:efficientnet-lite0 is')
-    return TimmNetwork(model, cfg['mean'], cfg['std'], cfg['architecture'])
+    mean, std = timm_normalization(spec, cfg) if spec.source == 'timm' else (cfg['mean'], cfg['std'])
+    return TimmNetwork(model, mean, std, cfg['architecture'], spec.weights != 'random')
 
 # %% ../../nbs/models/08_backbones.ipynb #fc6db567
 def strides(
@@ -140,11 +144,18 @@ class Stem(Stages):
     def forward(self, x)->Tensor: return self.proj(super().forward(x)[0])
 
 # %% ../../nbs/models/08_backbones.ipynb #3f4afa25
-def _prefix(vit, n_class, multiple=8):
-    "Class tokens and registers, together a multiple of `multiple`."
+def _prefix(vit, n_class, trained, multiple=8):
+    "Class tokens and registers, together a multiple of `multiple`; where a network is trained, those it has."
     registers = multiple - n_class % multiple
     prefix = torch.randn(1, n_class + registers, vit.embed_dim)*.02
     if vit.cls_token is not None: prefix[:, :n_class] = vit.cls_token.detach()
+    if trained:
+        own = torch.cat([x.detach() for x in (vit.cls_token, vit.reg_token, prefix[:, :0]) if x is not None], 1)
+        if vit.pos_embed is not None and not vit.no_embed_class: own = own + vit.pos_embed.detach()[:, :own.shape[1]]
+        classes = int(vit.cls_token is not None)
+        if classes: prefix[:, :n_class] = own[:, :1]
+        own = own[:, classes:classes + registers]
+        prefix[:, n_class:n_class + own.shape[1]] = own
     return nn.Parameter(prefix)
 
 def _positions(vit):
@@ -190,18 +201,20 @@ class Transformer(Windowed):
         network:TimmNetwork,         # with a timm `VisionTransformer`
         n_class:int,                 # how many class tokens
         stem:TimmNetwork|None=None,  # a convolutional network in place of the patch embedding
-        drop:float=.1,               # fraction of position vectors that are dropped in training
+        drop:float=.1,               # share of the numbers in position vectors that are dropped in training
         depth:int=0,                 # keep only the first so many blocks; 0 for all
         windows:tuple[int, ...]=(),  # sides of windows to draw from in training, in patches; 0 for none
         stride:int=0,                # side of a patch in pixels; 0 for the network's own, or 16 with a stem
     ):
         vit = network.model
+        if not stem and not isinstance(vit.patch_embed.norm, nn.Identity):
+            raise BadInput(f'{network.architecture} normalizes its patches, which a student does not: choose another')
         if stride and not stem: vit.set_input_size(patch_size=stride)   # resamples the embedding of a patch
         stride = stride or (16 if stem else vit.patch_embed.patch_size[0])
         super().__init__(stem or network, stride, vit.embed_dim, n_class)
         self.architecture, self.stem = network.architecture, stem.architecture if stem else ''
         self.embed = Stem(stem, self.dim, stride) if stem else vit.patch_embed.proj
-        self.prefix, self.positions = _prefix(vit, n_class), _positions(vit)
+        self.prefix, self.positions = _prefix(vit, n_class, network.trained), _positions(vit)
         self.drop, self.norm_pre, self.blocks, self.norm = drop, vit.norm_pre, vit.blocks, vit.norm
         if depth: self.blocks = self.blocks[:depth]
         self.set_windows(windows)

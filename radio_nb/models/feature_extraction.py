@@ -155,6 +155,9 @@ def hf_features(
 )->Callable[[Tensor], Features]:
     "How to read a model of transformers: what it pools, or its average or class token, and its states as a grid."
     part = vision_part(model)
+    if type(part).__name__ == 'ViTMAEModel':
+        raise BadInput('ViTMAEModel hides three quarters of every image at random: as a teacher take the same weights '
+                       'as a model of timm, such as timm:vit_base_patch16_224.mae')
     forward = getattr(model, 'get_image_features', part)
     patch = getattr(part.config, 'patch_stride', None) or getattr(part.config, 'patch_size', None)
     patch = patch[0] if isinstance(patch, (list, tuple)) else patch

@@ -81,12 +81,13 @@ def named_outputs(student:Student, images:Tensor)->dict[str, Tensor]:
     layers = student.layers(images)
     own, adapted = layers[-1], student.adapted(layers, list(student.config['teachers']))
     return {f'{name}.{kind}': value for name, features in {'backbone': own, **adapted}.items()
-            for kind, value in features._asdict().items() if value.shape[-1]}
+            for kind, value in features._asdict().items() if 0 not in value.shape[1:]}
 
 def as_program(
     student:Student,
     half:bool=False,               # see `Deployed`
-)->torch.export.ExportedProgram:   # for any number of images of any size that the student can see
+)->torch.export.ExportedProgram:   # for any number of images of any size that the student can see;
+                                   # for a pyramid, sides of two patches at least
     "A student as a program of torch alone."
     patch, least = student.backbone.patch, 2 if isinstance(student.backbone, Pyramid) else 1
     rows, columns = (torch.export.Dim(name, min=least, max=4096) for name in ('rows', 'columns'))

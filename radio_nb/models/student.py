@@ -122,10 +122,14 @@ class Pictures(nn.Module):
         return tuple(max(1, int(side/patch + .5))*patch for side in (height, width))
 
     def preprocess(self,
-        image:Image.Image,                    # of any mode; turned as its EXIF entry says
+        image:Image.Image,                    # of 8 bits and opaque; turned as its EXIF entry says
         size:int|tuple[int, int]|None=None,   # side, or height and width, in pixels; None for the image's own
     )->Tensor:                                # (3, H, W) in [0, 1], at the nearest size that the student can see
-        "A picture as the student wants it. Images of one batch need one `size`."
+        "A picture as the student wants it. Images of one batch need one `size`. Raises `BadInput`."
+        alpha = image.convert('RGBA').getextrema()[3] if image.has_transparency_data else (255, 255)
+        if image.mode[0] in 'IF' or min(alpha) < 255:   # `convert` would clip the one, and see through the other
+            raise BadInput(f'this picture (mode {image.mode}) has more than 8 bits or is transparent: '
+                           'radio_nb.data.images.to_rgb makes it one that can be used')
         image = ImageOps.exif_transpose(image).convert('RGB')
         height, width = (image.height, image.width) if size is None else (size, size) if isinstance(size, int) else size
         height, width = self.nearest_size(height, width)
@@ -258,7 +262,7 @@ class Adaptors(nn.Module):
         "What neck and heads make of the backbone's features."
         *below, last = layers
         tokens, grid = self.neck(last)
-        tokens = dict(zip(self.summaries, tokens.unbind(1)))
+        tokens = dict(zip(self.summaries, tokens.unbind(1) if self.summaries else ()))   # no program can unbind 0
         nothing = grid.new_zeros(grid.shape[0], 0)   # `len` would fix the size of a batch in an exported program
         found = {}
         for i, (name, spatial_head) in enumerate(zip(self.config['teachers'], self.spatial_heads)):

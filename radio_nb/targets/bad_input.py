@@ -46,8 +46,9 @@ def reason(
     width:int=240,    # characters, at most
 )->str:               # without a line break
     "What an exception says, in one line; its name where it says nothing."
-    text = str(error).strip() or type(error).__name__
-    return shorten(text.splitlines()[0].rstrip('.'), width, placeholder=' …')
+    text = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')
+    short = shorten(text, width, placeholder=' …')
+    return short if len(short) > width//2 or len(text) <= width else f'{text[:width - 2]} …'   # a word may be longer
 
 # %% ../../nbs/targets/01_bad_input.ipynb #8f787f1c
 def one_line(text:str)->str:

@@ -32,7 +32,7 @@ def sums_of(
     rows:Tensor, # (n, C), n at least 1
 )->MomentSums:
     "The sums of some vectors, about their own mean, in two passes."
-    rows = rows.to(float64_device(rows.device), torch.float64, copy=True)
+    rows = rows.to(float64_device(rows.device)).to(torch.float64, copy=True)   # one `to` for both would cast on mps
     mean = rows.mean(0)
     rows -= mean
     return MomentSums(len(rows), mean, rows.T @ rows)
@@ -48,7 +48,7 @@ def float64_device(
 
 def in_float64(x:Tensor)->Tensor:
     "The same numbers in float64, on the CPU where their device has none."
-    return x.to(float64_device(x.device), torch.float64)
+    return x.to(float64_device(x.device)).to(torch.float64)
 
 # %% ../../nbs/targets/03_moments.ipynb #39ad5128
 def merge_sums(

@@ -330,9 +330,12 @@ def teacher_precisions(
 
 # %% ../../nbs/training/00_recipe.ipynb #a14cc260
 def check_rates(recipe:Recipe):
-    "Raise `BadInput` where two modules would have the same rate."
+    "Raise `BadInput` where two modules would have the same rate, or a rate would have a teacher's own units."
     if len(set(recipe.information)) < len(recipe.information):
         raise BadInput(f'information: the rates of the modules must be different, not {list(recipe.information)}')
+    if recipe.information and METHODS[recipe.method].normalizer == 'none':
+        raise BadInput(f'information: method {recipe.method} leaves features as they are, where a rate means something '
+                       'else for each teacher; choose one that normalizes, such as phi-s')
 
 # %% ../../nbs/training/00_recipe.ipynb #aea6f733
 def check_names(recipe:Recipe):

@@ -28,7 +28,7 @@ from torch import Tensor
 from ..targets.features import Features, grid_masks, height_width
 from ..targets.bad_input import BadInput
 from ..targets.moments import Moments, in_float64
-from ..targets.normalizers import Normalizer
+from ..targets.normalizers import Normalizer, matmuls_in
 from ..targets.phi_s import ENOUGH, fit_normalizer, too_few
 from ..losses.methods import METHODS
 from ..models.randomness import rng_shard, uniform
@@ -283,7 +283,8 @@ def save_statistics(recipe:Recipe, plan:StagePlan, statistics:dict[str, Statisti
         if recipe.information:
             vectors = torch.cat([x.flatten(0, 1) for x in sample]).to(device)
             vectors = vectors[~vectors.isnan().any(1)]   # of images with few positions that count
-            modules, curves[name] = fit_teacher(name, normalizer.to(device)(vectors), recipe)
+            with matmuls_in('highest'): vectors = normalizer.to(device)(vectors)
+            modules, curves[name] = fit_teacher(name, vectors, recipe)
             tensors |= {f'{name}.modules.{key}': tensor for key, tensor in modules.state_dict().items()}
         tensors |= {f'{name}.normalizer.{key}': tensor for key, tensor in normalizer.state_dict().items()}
         if directions and summary_weights[name]:
