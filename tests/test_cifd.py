@@ -1,5 +1,6 @@
 "Rate, distortion and bottleneck: properties over random inputs, and a run that uses them."
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from test_train import same_weights, start, wait_for
 from torch.testing import assert_close
 
 from radio_nb.cifd import rate_distortion
-from radio_nb.cifd.cifd import CIFDLoss, fit_rd_modules, load_rd_modules
+from radio_nb.cifd.cifd import CIFDLoss, compressed, fit_rd_modules, load_rd_modules
 from radio_nb.cifd.controlled_flow import Bottleneck, ControlledFlowLoss, ModelOutput, TokenBottleneck
 from radio_nb.cifd.rate_distortion import (
     EntropyModel,
@@ -171,9 +172,19 @@ def test_a_token_bottleneck_adds_the_noise_of_one_call():
 
 def test_every_source_may_be_left_out():
     loss = ControlledFlowLoss({'teacher': 1., 'R=1': 1.})
-    x, y = ModelOutput(torch.ones(2, 3)), ModelOutput(torch.zeros(2, 3))
+    x, y = ModelOutput(torch.ones(2, 3).requires_grad_()), ModelOutput(torch.zeros(2, 3))
     total, terms = loss(x, {'teacher': y, 'R=1': y}, kept={'teacher': False, 'R=1': False})
-    assert total == 0 and terms['teacher'] == terms['R=1'] == 1
+    total.backward()   # a step like any other
+    assert total == 0 and not x.embedding.grad.any() and terms['teacher'] == terms['R=1'] == 1
+
+
+def test_modules_round_from_the_beginning_and_have_rates_in_common():
+    torch.manual_seed(0)
+    x, make = torch.randn(5, 4), partial(RateDistortion, 4, hidden=4)
+    loss = CIFDLoss({'a': make(1.)}, {'a': 1.})
+    assert torch.equal(compressed(loss.coders[0], x), compressed(loss.coders[0], x))
+    with pytest.raises(BadInput, match='must have the same rates'):
+        CIFDLoss({'a': make(1., 10.), 'b': make(5.)}, {'a': 1.})
 
 
 def test_a_module_counts_with_its_weight_in_its_divergence_too():

@@ -98,8 +98,7 @@ class ControlledFlowLoss(nn.Module):
         "The loss of a step."
         for name in sources:
             if name not in self.weights: raise unknown('source', name, list(self.weights))
-        kept, terms = kept or self.kept(), {}
-        total = 0*student.embedding.sum()   # has a gradient where every source is left out, too
+        kept, terms, total = kept or self.kept(), {}, 0
         for name, source in sources.items():
             terms[name] = self.distance(student.embedding, source.embedding, **options)
             if kept[name]: total = total + self.weights[name]*terms[name]
@@ -112,4 +111,5 @@ class ControlledFlowLoss(nn.Module):
         if bits is not None:
             terms['bits'] = bits.mean()
             total = total + rate_penalty(bits, self.bottleneck)
+        if isinstance(total, int): total = 0*student.embedding.sum()   # everything was left out
         return total, {name: term.detach() for name, term in terms.items()}
