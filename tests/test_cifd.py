@@ -1,5 +1,6 @@
 "Rate, distortion and bottleneck: properties over random inputs, and a run that uses them."
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -25,6 +26,8 @@ from radio_nb.cifd.rate_distortion import (
 from radio_nb.front.cli import main
 from radio_nb.targets.bad_input import BadInput
 from radio_nb.targets.features import Features
+from radio_nb.training.recipe import Recipe
+from radio_nb.training.stages import check_recipe
 
 CIFD_ARGS = [*SMALL, '--information', '10', '1', '--information-steps', '5']
 
@@ -176,6 +179,13 @@ def test_every_source_may_be_left_out():
     total, terms = loss(x, {'teacher': y, 'R=1': y}, kept={'teacher': False, 'R=1': False})
     total.backward()   # a step like any other
     assert total == 0 and not x.embedding.grad.any() and terms['teacher'] == terms['R=1'] == 1
+
+
+def test_rates_need_targets_of_one_scale():
+    recipe = Recipe('zoo:photos', ('zoo:u2netp',), 'runs/a', information=(10., 1.))
+    check_recipe(recipe)
+    with pytest.raises(BadInput, match='information: method mse leaves features as they are'):
+        check_recipe(replace(recipe, method='mse'))
 
 
 def test_modules_round_from_the_beginning_and_have_rates_in_common():
