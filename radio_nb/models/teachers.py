@@ -320,6 +320,7 @@ def _activation(spec, tags):
                        f'holds, open_clip:{arch}/TAG@{spec.weights}; tags: {", ".join(tags)}')
     return {'force_quick_gelu': True} if quick == {True} else {}
 
+# %% ../../nbs/models/05_teachers.ipynb #37323b05
 def set_tower_size(
     tower:nn.Module,  # the image tower of an open_clip model
     size:int,         # side of its images, in pixels
