@@ -157,6 +157,17 @@ def test_the_readme_is_the_index():
     assert done.returncode == 0, 'run python .ci/readme.py'
 
 
+def test_the_table_of_the_readme_is_that_of_the_committed_run():
+    from radio_nb.front.run_match import match_rows  # not above: the other tests need no torch
+    results = map(json.loads, (ROOT/'nbs'/'tutorials'/'thirty_photographs.jsonl').read_text().splitlines())
+    match, = (found['match'] for found in results if found['case'] == {'recipe': 'today', 'seed': 0})
+    rows = [[teacher, images, *explained, summary] for teacher, images, *explained, _, summary in match_rows(match)]
+    def text(value): # without −0.00
+        return value if isinstance(value, str) else f'{round(value, 2) + 0:.2f}'.replace('nan', '–')
+    table = [f'| {" | ".join(map(text, row))} |' for row in rows]
+    assert len(table) == 6 and '\n'.join(table) in (ROOT/'README.md').read_text()
+
+
 def test_the_site_configuration_is_where_nbdev_looks():
     assert os.readlink(ROOT/'nbs'/'_quarto.yml') == '../_quarto.yml'
 
