@@ -149,8 +149,8 @@ def _prefix(vit, n_class, trained, multiple=8):
     registers = multiple - n_class % multiple
     prefix = torch.randn(1, n_class + registers, vit.embed_dim)*.02
     if vit.cls_token is not None: prefix[:, :n_class] = vit.cls_token.detach()
-    if trained:
-        own = torch.cat([x.detach() for x in (vit.cls_token, vit.reg_token, prefix[:, :0]) if x is not None], 1)
+    if trained and vit.num_prefix_tokens:
+        own = torch.cat([x.detach() for x in (vit.cls_token, vit.reg_token) if x is not None], 1)
         if vit.pos_embed is not None and not vit.no_embed_class: own = own + vit.pos_embed.detach()[:, :own.shape[1]]
         classes = int(vit.cls_token is not None)
         if classes: prefix[:, :n_class] = own[:, :1]
