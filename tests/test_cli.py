@@ -260,3 +260,16 @@ def test_every_flag_is_explained(command, capsys, monkeypatch):
     for flag in [place, *flags]:
         words = re.sub(r'--\S+|\{.*?\}|\((default|required)[^)]*\)|.* options .*', '', flag)
         assert re.search('[a-z]+ [a-z]+', words), flag
+
+
+def test_demo_stands_directly_behind_the_command(tmp_path, refused):
+    said = refused('distill', '--images', 'zoo:photos', '--teachers', 'zoo:u2netp', '--out', tmp_path/'run', 'demo')
+    assert 'demo: put it directly behind the command' in said and not (tmp_path/'run').exists()
+
+
+def test_what_a_command_would_not_look_at_is_refused(run, refused):
+    assert '--sizes is for suite match' in refused('evaluate', run[0], '--suite', 'places', '--images', 'zoo:photos',
+                                                   '--sizes', 64)
+    assert 'asks no other models' in refused('evaluate', run[0], '--suite', 'decoders', '--images', 'zoo:photos',
+                                             '--teachers-too')
+    assert 'in the folder of a run' in refused('compare', run[0], run[0], '--out', run[0]/'evaluation.json')

@@ -207,6 +207,20 @@ def test_void_teaches_nothing():
     assert_close(alone.head[1].weight, torch.zeros(3, 3, 1, 1), atol=0, rtol=0)
 
 
+@pytest.mark.parametrize('unit', [.1, 100.])
+def test_the_unit_of_grids_does_not_count(unit):
+    (x, masks), (y, test_masks) = grids(8), grids(seed=1)
+    probes = [segmentation_probe((u*x + 3*u, masks), (u*y + 3*u, test_masks), 3) for u in (1., unit)]
+    assert_close(probes[0].miou, probes[1].miou, atol=.01, rtol=0)
+
+
+def test_what_does_not_count_is_no_answer():
+    (x, masks), (y, test_masks) = grids(), grids(seed=1)
+    masks[masks == 0] = 255   # the first class is void in both
+    probe = segmentation_probe((x, masks.where(masks != 255, 0)), (y, test_masks), 3, ignore=0, epochs=1, lr=0)
+    assert probe.confusion[:, 0].sum() == 0 and probe.confusion.sum() == (test_masks != 0).sum()
+
+
 def test_logits_are_resized_and_not_classes():
     "Halfway between two positions the border is where the logits cross, not at the edge of a position."
     head = torch.nn.Conv2d(1, 2, 1)

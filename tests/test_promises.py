@@ -22,7 +22,7 @@ from radio_nb.data.files import atomic_write, lock
 from radio_nb.front import cli
 from radio_nb.models.student import Student
 from radio_nb.targets.bad_input import BadInput
-from radio_nb.training.preparation import Inputs
+from radio_nb.training.preparation import Inputs, new_student
 from radio_nb.training.recipe import Recipe, Stage
 from radio_nb.training.run_folder import load_checkpoint
 from radio_nb.training.train import Callbacks, run_recipe
@@ -351,6 +351,52 @@ def test_a_run_that_is_ended_before_a_teacher_took_part(recipe, capsys):
     assert 'the run ended before teacher u2netp took part' in capsys.readouterr().err
     run = radio_nb.Run(two.out)
     assert list(run.match['new crops']['student']) == ['small'] and run.report().exists()
+
+
+@pytest.mark.parametrize('step', [1, 2])
+def test_who_is_told_of_a_checkpoint_may_end_the_run_there(recipe, step):
+    two = replace(recipe, teachers=(*recipe.teachers, 'zoo:u2netp#32'),
+                  stages=(Stage(2, teachers=('small',)), Stage(2)))
+    def enough(run):
+        if run.step == step: run.stop()
+    out = run_recipe(two, callbacks=Callbacks(on_checkpoint=enough))
+    assert len(radio_nb.Run(out).metrics) == step and [*out.glob('statistics*')] == [out/'statistics.safetensors']
+
+
+def test_half_a_checkpoint_does_not_stay(recipe):
+    out = half_done(recipe)
+    (out/'checkpoints'/'00000137.part').write_bytes(b'half')
+    run_recipe(recipe, resume=True)
+    assert not [*out.rglob('*.part')]
+
+
+def test_damaged_statistics_of_an_earlier_stage_are_not_needed(recipe):
+    two = replace(recipe, stages=(Stage(1), Stage(3)))
+    out = half_done(two)
+    (out/'statistics.safetensors').write_bytes(b'damaged')
+    run_recipe(two, resume=True)
+    assert Student.from_pretrained(out)
+
+
+def test_gradients_are_watched_at_sizes_that_the_last_window_does_not_tile(recipe):
+    two = replace(recipe, student='vit_tiny_patch16_224', windows=(3,), watch_every=1,
+                  stages=(Stage(1, size=96), Stage(2, size=64)))
+    assert all('gradient_norms' in line for line in radio_nb.Run(run_recipe(two)).metrics)
+
+
+@pytest.mark.parametrize('change, complaint', [
+    (dict(windows=(3, 0)), r'windows: 3 × 3 patches tile no grid of this run, which are 2 × 2'),
+    (dict(depth=24), 'depth: .* has 12 blocks, not 24')])
+def test_options_that_would_do_nothing_are_refused(recipe, change, complaint):
+    with pytest.raises(BadInput, match=complaint):
+        run_recipe(replace(recipe, **dict(student='vit_tiny_patch16_224') | change))
+
+
+def test_a_frozen_backbone_keeps_its_statistics(recipe):
+    frozen = replace(recipe, student='cifar_resnet8', stride=4, depth=0, heads_only=4)
+    before = new_student(frozen, {'small': (64, 64)}).backbone.state_dict()
+    after = Student.from_pretrained(run_recipe(frozen)).backbone.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
 def test_another_crop_is_noticed(recipe):

@@ -187,6 +187,14 @@ def test_images_are_bytes_or_from_0_to_1(image, value):
     assert crop.shape == (3, 32, 32) and (crop == value).all()
 
 
+def test_arrays_have_rows_columns_and_channels():
+    grey = Crops(as_dataset([np.full((32, 32, 1), 200)]), 32, crop=centre_crop)[0].image
+    assert grey.shape == (3, 32, 32) and (grey == 200).all()
+    for wrong in (np.zeros((3, 32, 40)), np.zeros((0, 32, 3))):
+        with pytest.raises(BadInput, match=r'a sequence of ndarray \('): as_dataset([wrong])
+    with pytest.raises(BadInput, match='true and false'): as_dataset([np.ones((32, 32, 3), bool)])
+
+
 @pytest.mark.parametrize('value, wrong', [(np.nan, 'floating point'), (1.5, 'floating point'), (300, 'whole numbers')])
 def test_images_of_other_numbers_are_refused(value, wrong):
     with pytest.raises(BadInput, match=f'images of {wrong}'): as_dataset([np.full((32, 32, 3), value)])

@@ -239,6 +239,14 @@ def statistics_of(out, crop, **fields):
     return load_file(out/'statistics.safetensors')
 
 
+@pytest.mark.parametrize('processes, accumulate, complaint', [
+    (8, 1, '60 images of a batch cannot be shared out among 8'), (4, 2, 'accumulate: 15 images of a process')])
+def test_parts_that_cannot_be_shared_out(processes, accumulate, complaint):
+    part = BatchPartition((0, 60), (64, 64), 60/64, {})
+    assert part.microbatch(4, 5) == 3
+    with pytest.raises(BadInput, match=complaint): part.microbatch(processes, accumulate)
+
+
 def test_statistics_leave_out_the_padding(tmp_path):
     "They are those of the region that is not padded, and normalizers and modules are fitted to it alone."
     information = {'information': (10., 1.), 'information_steps': 3}

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from radio_nb.data.crops import Crops, image_batches
+from radio_nb.data.crops import TRIES, Crops, image_batches
 from radio_nb.data.images import UNDECODED, Shards, hold_out, images_fingerprint, only_images, open_images
 from radio_nb.data.streams import Chain, Lanes, StreamedCrops, crop_stream, number_of_lanes
 from radio_nb.targets.bad_input import BadInput
@@ -117,9 +117,20 @@ def test_a_damaged_group_of_rows_is_skipped_and_named(tmp_path):
         f.write(b'\xff'*column.total_compressed_size)
     rows = [row['image'] for row in open_images(f'stream:{file}')]
     assert rows[:12] == whole[:12] and rows[16:] == whole[16:]
-    assert all(row == {'path': f'{file}, row group 3', 'bytes': b''} for row in rows[12:16])
-    batches = list(image_batches(StreamedCrops(open_images(f'stream:{file}'), 16), 40, 1))
-    assert list(batches[0].skipped) == [f'{file}, row group 3']
+    names = {f'{file}, row group 3, row {i}' for i in range(4)}
+    assert {row['path'] for row in rows[12:16]} == names
+    batch, = image_batches(StreamedCrops(open_images(f'stream:{file}'), 16), 40, 1)
+    assert batch.skipped == dict.fromkeys(names, 'is lost: its group of rows is damaged')
+
+
+def test_a_large_damaged_group_of_rows_ends_no_run(tmp_path):
+    file = parquet(tmp_path/'x.parquet', 2*TRIES + 60, TRIES + 30)
+    column = pq.read_metadata(file).row_group(0).column(0)
+    with open(file, 'r+b') as f:
+        f.seek(column.dictionary_page_offset or column.data_page_offset)
+        f.write(b'\xff'*column.total_compressed_size)
+    batch, = image_batches(StreamedCrops(open_images(f'stream:{file}'), 16, shuffle=False), 4, 1)
+    assert len(batch.images) == 4 and len(batch.skipped) == TRIES + 30
 
 
 def tar(path, members):
@@ -158,6 +169,12 @@ def test_images_and_masks_of_one_name_in_a_tar_are_told_apart(tmp_path):
     assert len(open_images(tar(tmp_path/'z.tar', names))) == 4
 
 
+@pytest.mark.parametrize('more', [['a.png', 'a.jpg'], ['shot at 10.23.png', 'shot at 10.24.png']])
+def test_some_images_of_one_name_do_not_cost_all_others(tmp_path, more):
+    names = [*(f'{i}.{more[0][-3:]}' for i in range(20)), *more]
+    assert len(open_images(tar(tmp_path/'x.tar', [(name, png(3)) for name in names]))) >= 21
+
+
 def test_a_tar_that_is_broken_or_compressed_is_refused(tmp_path):
     whole = tar(tmp_path/'x.tar', [(f'{i}.png', png(i)) for i in range(4)])
     (tmp_path/'cut.tar').write_bytes(open(whole, 'rb').read()[:3000])
@@ -167,6 +184,24 @@ def test_a_tar_that_is_broken_or_compressed_is_refused(tmp_path):
         with pytest.raises(BadInput, match=f'{name}.tar could not be loaded as an uncompressed tar file'):
             open_images(f'{tmp_path}/{name}.tar')
     assert images_fingerprint(open_images(whole)) == images_fingerprint(open_images(whole))
+
+
+@pytest.mark.parametrize('change, complaint', [
+    (lambda x: x[:1024] + b'\xff' + x[1025:], 'is damaged at byte 1024: fetch it again'),
+    (lambda x: x[:2048], 'is cut off at byte 2048: fetch it again'),
+    (lambda x: x + x, 'holds more behind its end at byte 4096')])
+def test_a_tar_that_ends_too_early_is_refused(tmp_path, change, complaint):
+    whole = open(tar(tmp_path/'x.tar', [(f'{i}.png', png(i)) for i in range(4)]), 'rb').read()
+    (tmp_path/'Y.TAR').write_bytes(whole)
+    assert len(open_images(f'{tmp_path}/Y.TAR')) == 4 and Crops(open_images(f'{tmp_path}/Y.TAR'), 16)[0]
+    (tmp_path/'z.tar').write_bytes(change(whole))
+    with pytest.raises(BadInput, match=f'z.tar {complaint}'): open_images(f'{tmp_path}/z.tar')
+
+
+@pytest.mark.parametrize('source', ['{}#jpg', 'zoo:photos#jpg'])
+def test_files_have_no_columns(tmp_path, source):
+    (tmp_path/'x.png').write_bytes(png(0))
+    with pytest.raises(BadInput): open_images(source.format(tmp_path))
 
 
 def test_a_source_that_only_goes_forward_is_read_as_before(tmp_path, monkeypatch):

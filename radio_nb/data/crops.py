@@ -10,7 +10,6 @@ __all__ = ['SCALE', 'RATIO', 'TRIES', 'random_box', 'random_crop', 'centre_crop'
 # %% ../../nbs/data/01_crops.ipynb #0dbe19eb
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from math import ceil, exp, log
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from ..targets.features import height_width
 from ..targets.bad_input import BadInput, reason
-from .images import Unreadable, decode
+from .images import LOST, Unreadable, decode
 from torchvision.transforms.functional import pil_to_tensor  # after radio_nb, see its `__init__`
 
 # %% ../../nbs/data/01_crops.ipynb #6a4d14fa
@@ -85,9 +84,9 @@ def resize(
 
 # %% ../../nbs/data/01_crops.ipynb #bc119553
 def to_device(tensor:Tensor, device:torch.device)->Tensor:
-    "A tensor on a device; a GPU is not waited for."
+    "A tensor on a device; a GPU is waited for only where the tensor comes from there, to be read on the CPU."
     if tensor.device.type == 'cpu' and device.type == 'cuda': tensor = tensor.contiguous().pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return tensor.to(device, non_blocking=device.type != 'cpu')
 
 class Pixels:
     "The images of a batch on a device, in [0, 1]; each size of them is made once."
@@ -131,16 +130,17 @@ class Crop(NamedTuple):
     label: int|None = None   # number of its class, -1 where it is not known; None where there are no labels
 
 def first_readable(
-    candidates:Iterable[tuple[str, dict|None]], # names and undecoded images, `TRIES` of which are tried
+    candidates:Iterable[tuple[str, dict|None]], # names and undecoded images; of those not `LOST`, `TRIES` are tried
     crop:Callable[[Image.Image], Tensor|tuple[Tensor, Tensor]], # with or without a mask
     min_side:int=0,                             # see `decode`
 )->Crop:                                        # with the images before it, and what is wrong with each
     "The crop of the first image that can be read. Raises `BadInput` where none can."
-    skipped = {}
-    for name, row in islice(candidates, TRIES):
-        try: cropped = crop(decode(row, min_side))
+    skipped, tried = {}, 0
+    for name, row in candidates:
+        try: return _as_crop(crop(decode(row, min_side)), skipped)
         except Unreadable as e: skipped[name] = str(e)
-        else: return _as_crop(cropped, skipped)
+        tried += row is None or row['bytes'] != LOST
+        if tried == TRIES: break
     name, reason = next(iter(skipped.items()))
     raise BadInput(f'none of {len(skipped)} images that were tried can be used; the first: {name} {reason}')
 

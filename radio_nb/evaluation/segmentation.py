@@ -189,12 +189,15 @@ def segmentation_probe(
     for (grids, masks), what in ((train, 'training'), (test, 'test')): _check_grids(grids, masks, classes, ignore, what)
     check_pair(train[0], test[0], 'grids')
     width = train[0].shape[-1]
-    head = nn.Sequential(nn.BatchNorm2d(width), nn.utils.skip_init(nn.Conv2d, width, classes, 1)).to(device)
+    norm = nn.BatchNorm2d(width, momentum=None)   # a plain average: of few batches a moving one remembers its start
+    head = nn.Sequential(norm, nn.utils.skip_init(nn.Conv2d, width, classes, 1)).to(device)
     for parameter in head[1].parameters(): nn.init.zeros_(parameter)
     _fit_head(head, *train, ignore, epochs, batch_size, lr, seed)
     head.eval()
     table = torch.zeros(classes, classes, dtype=torch.int64)
     with torch.inference_mode():
         for grids, masks in zip(*(tensor.split(batch_size) for tensor in test)):
-            table += confusion(segment(head, grids.to(device), masks.shape[1:]).argmax(1).cpu(), masks, classes, ignore)
+            logits = segment(head, grids.to(device), masks.shape[1:])
+            if ignore < classes: logits[:, ignore] = -torch.inf   # what does not count is no answer either
+            table += confusion(logits.argmax(1).cpu(), masks, classes, ignore)
     return SegmentationProbe(mean_iou(table), iou_by_class(table), table, head)

@@ -39,7 +39,7 @@ from .zero_shot import cached_embeddings, zero_shot_accuracy
 from .linear_probe import linear_probe
 from .segmentation import cached_grids, open_segmentation, segmentation_images, segmentation_probe
 from .places import PlaceMeter
-from .decoders import agreement, decoder_of
+from .decoders import agreement, decoder_of, of_length
 from .scores import Score, EvalData
 
 # %% ../../nbs/evaluation/08_suites.ipynb #6687c6bb
@@ -421,11 +421,13 @@ def decoder_suite(
     students = _checked(students)
     for batch in images:
         batch = batch.to(device)
-        own = {name: decoder(batch) for name, decoder in decoders.items()}
-        with torch.no_grad(): outputs = {who: student(batch) for who, student in students.items()}
+        with torch.no_grad():
+            truth = {name: teacher(batch) for name, teacher in teachers.items()}
+            outputs = {who: student(batch) for who, student in students.items()}
+        own = {name: decoder(batch, truth[name]) for name, decoder in decoders.items()}
         for who, features in outputs.items():
             for name, decoder in decoders.items():
-                same = agreement(decoder(batch, features[name]), own[name]).sum().item()
+                same = agreement(decoder(batch, of_length(features[name], truth[name])), own[name]).sum().item()
                 sums[who, name] = sums.get((who, name), 0) + same
     return [Score(who, f'same answer, {name}', value/images.n, images.n, images.total, 'decoders', dataset)
             for (who, name), value in sums.items()]

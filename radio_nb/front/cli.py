@@ -66,7 +66,7 @@ def expand(
         raise BadInput('demo and --recipe are two recipes: leave one of them out')
     if values.get('stages') and '--steps' in typed:
         raise BadInput('--steps: the stages of the recipe say how many; change them in the file')
-    return [args[0], *as_flags(values), *args[1:]]
+    return [args[0], *as_flags(values), *args[1 + ('demo' in args[1:2]):]]
 
 # %% ../../nbs/front/09_cli.ipynb #bf304178
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ class Preset:
 
     def recipe(self, flags:Flags)->Recipe:
         "The recipe with its stages and listeners, for which there are no flags. Raises `BadInput`."
+        if self.preset: raise BadInput('demo: put it directly behind the command, before all flags')   # see `expand`
         given = read_recipe(self.file) if self.file else {}
         return Recipe(**vars(flags) | {name: given[name] for name in TABLES if name in given})
 
@@ -216,6 +217,8 @@ def compare_command(
     if not runs: raise BadInput('say which runs to compare: radio-nb compare RUN RUN')
     if out and out.suffix not in ('.json', '.html'):
         raise BadInput(f'--out {out}: a comparison is written as .json or .html')
+    if out and (out.parent/'recipe.toml').exists():   # where it could take the place of the run's own files
+        raise BadInput(f'--out {out}: that is in the folder of a run, choose another place')
     from radio_nb.evaluation.compare import comparison_table
     from radio_nb.front.evaluate import compare_folders
     from radio_nb.front.run_match import text_table

@@ -182,6 +182,9 @@ def evaluate(
 )->Evaluation:
     "Evaluate a run and write what is found to its `evaluation.json`. Raises `BadInput`."
     check_eval_data(suites, data)
+    if sizes and 'match' not in suites: raise BadInput('--sizes is for suite match: add it, or leave them out')
+    if (also or teachers_too) and {*suites} == {'decoders'}:
+        raise BadInput('suite decoders asks no other models: leave out --also and --teachers-too')
     run = open_run(folder)
     load_scores(run.out)   # if they are damaged, now is the time to say so
     student = student_eval_model(run.student, run.size, run.teachers)

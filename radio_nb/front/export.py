@@ -9,6 +9,7 @@ __all__ = ['TOLERANCE', 'HALF_TOLERANCE', 'TRIALS', 'FORMATS', 'difference', 'ch
            'export_student']
 
 # %% ../../nbs/front/08_export.ipynb #f43826a8
+import os
 import re
 import shutil
 import warnings
@@ -29,6 +30,7 @@ from ..models.backbones import Backbone, Pyramid
 from ..models.program import as_program, named_outputs
 from ..models.student import Student
 from ..models.tensor_files import save_tensors
+from ..data.files import to_disk
 from ..training.recipe import Recipe, teacher_names
 from ..training.run_folder import recipe_of
 from ..training.stages import plan_stages
@@ -329,12 +331,13 @@ def write_checked(
     path:Path,
 )->float:           # the largest difference
     "Write a file, load it, compare it, and only then give it its name. Raises `BadInput` where any of this fails."
-    part = path.with_suffix(f'.part{path.suffix}')   # timm and torch look at the end of a name
+    part = path.with_suffix(f'.{os.getpid()}.part{path.suffix}')   # timm and torch look at the end of a name
     try:
         with warnings.catch_warnings():   # of one part of torch about another
             warnings.simplefilter('ignore')
             leaving.write(part)
             apart = checked(leaving.load(part), leaving.expected, leaving.trials(), leaving.half)
+        if part.is_file(): to_disk(part)
         put(part, path)
         return apart
     except (BadInput, MemoryError): raise

@@ -115,9 +115,10 @@ def _as_picture(image):
         if not (image.min() >= 0 and image.max() <= 1):   # nor is any of them NaN
             raise BadInput('images of floating point numbers must lie in [0, 1]')
         image = (image*255).round()
+    elif image.dtype.kind == 'b': raise BadInput('images of true and false are not pictures: give numbers')
     elif image.min() < 0 or image.max() > 255: raise BadInput('images of whole numbers must lie in 0 … 255')
     image = image.astype(np.uint8)
-    return Image.fromarray(image)
+    return Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
 
 def _with_labels(found, images):
     "The same images, with classes where the data set has them in a column `label`."
@@ -132,13 +133,16 @@ def as_dataset(
 )->Dataset|IterableDataset:                  # one column `image`, undecoded
     "Images of any kind as `open_images` gives them. Raises `BadInput`."
     if isinstance(images, (Dataset, IterableDataset)): return _with_labels(only_images(images, 'the data set'), images)
-    pictures = [_as_picture(image) for image in images]
-    if not pictures: raise BadInput('images: the sequence is empty')
+    if not len(images): raise BadInput('images: the sequence is empty')
     columns = Columns({'image': ImageColumn()})
-    try: return Dataset.from_dict({'image': pictures}, columns).cast_column('image', UNDECODED['image'])
+    try:
+        pictures = [_as_picture(image) for image in images]
+        return Dataset.from_dict({'image': pictures}, columns).cast_column('image', UNDECODED['image'])
+    except BadInput: raise
     except Exception as e:
-        kinds = ', '.join(sorted({type(image).__name__ for image in images}))
-        raise BadInput(f'images: a sequence of {kinds} cannot be used; give pictures, arrays, tensors or paths') from e
+        forms = {f'{type(image).__name__} {getattr(image, "shape", "")}'.strip() for image in images}
+        raise BadInput(f'images: a sequence of {", ".join(sorted(forms)[:3])} cannot be used; '
+                       f'give pictures, arrays, tensors or paths') from e
 
 # %% ../../nbs/front/04_run.ipynb #a8275cfe
 class Run:

@@ -20,7 +20,7 @@ from ..targets.features import Features
 from ..targets.bad_input import BadInput
 from ..models.specs import parse_spec
 from ..models.student import Student, fold_heads
-from ..data.images import Unreadable, decode
+from ..data.images import MIN_SIDE, Unreadable, decode
 from ..data.crops import Crops, centre_crop, image_batches, resize
 from ..data.streams import StreamedCrops, crop_stream
 from ..data.files import Progress, read_json, write_json
@@ -29,7 +29,7 @@ from ..training.statistics import load_normalizers, statistics_file
 from ..training.preparation import Prepared, last_normalizers, new_student
 from ..training.train import TrainingRun
 from ..evaluation.match import Constant, teacher_match
-from ..data.labelled import labelled_images
+from ..data.labelled import in_order, labelled_images
 from ..evaluation.scores import EvalData
 from ..evaluation.suites import labelled_suite, student_eval_model, without_grids
 
@@ -145,10 +145,12 @@ def no_progress()->Iterator[None]:
     finally: Progress.hidden = before
 
 def knn_data(recipe:Recipe)->EvalData|None: # None where the recipe names no labelled images
-    "The labelled images of a recipe. Raises `BadInput` where they are none, or their classes do not fit."
+    "The labelled images of a recipe. Raises `BadInput` for none, for classes that do not fit and for a broken image."
     if not recipe.evaluate_train: return None
     train, _, names = labelled_images(recipe.evaluate_train)
-    labelled_images(recipe.evaluate_test, names)
+    test, _, _ = labelled_images(recipe.evaluate_test, names)
+    for images in (train, test):
+        for _ in in_order(images, (MIN_SIDE, MIN_SIDE), workers=recipe.workers): pass   # now, and not after hours
     k = min(EvalData.k, len(train))   # so many neighbours as there are
     return EvalData(train=recipe.evaluate_train, test=recipe.evaluate_test, k=k)
 

@@ -158,6 +158,9 @@ def hf_features(
     if type(part).__name__ == 'ViTMAEModel':
         raise BadInput('ViTMAEModel hides three quarters of every image at random: as a teacher take the same weights '
                        'as a model of timm, such as timm:vit_base_patch16_224.mae')
+    if n := getattr(part.config, 'num_detection_tokens', 0):
+        raise BadInput(f'{type(part).__name__} has {n} tokens for objects behind its grid: it cannot be a teacher by '
+                       'name')
     forward = getattr(model, 'get_image_features', part)
     patch = getattr(part.config, 'patch_stride', None) or getattr(part.config, 'patch_size', None)
     patch = patch[0] if isinstance(patch, (list, tuple)) else patch

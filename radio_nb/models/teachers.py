@@ -182,6 +182,7 @@ def _from_hub(name, create):
         try: return create()
         except BadInput: raise
         except Exception as e:
+            if 'size mismatch' in str(e): raise BadInput(f'{name}: its weights are of another size: leave out #') from e
             raise BadInput(f'{name}: its weights could not be fetched ({wrong or reason(e)}). '
                            f'Without a network give a local file: {name.partition("#")[0]}@PATH') from e
 
@@ -208,7 +209,8 @@ def timm_model(
 def _size_options(spec):
     "With what timm must build a network so that it sees images of a size, and of other shapes where it can."
     cfg = timm.get_pretrained_cfg(spec.name)   # None for a name from before timm renamed it
-    sized = {'img_size': spec.size} if spec.size and (cfg is None or cfg.fixed_input_size) else {}
+    fixed = (cfg is None or cfg.fixed_input_size) and not spec.name.startswith('samvit')   # which resizes its positions
+    sized = {'img_size': spec.size} if spec.size and fixed else {}
     for options in ({**sized, 'dynamic_img_size': True}, sized):
         try:
             with torch.random.fork_rng(devices=[]), torch.device('meta'):  # costs neither memory nor random numbers

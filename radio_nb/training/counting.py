@@ -32,7 +32,6 @@ from torch.utils.flop_counter import (
 )
 
 from ..targets.features import height_width
-from ..targets.bad_input import BadInput
 from ..targets.normalizers import Normalizer
 from ..losses.methods import METHODS
 from ..losses.multi_teacher import MultiTeacherLoss
@@ -241,11 +240,7 @@ def _sides(student, size):
 
 def _count_at(part, recipe, networks, processes, again): # part: of one size
     "What one part of a batch costs at a size."
-    whole = part.span[1] - part.span[0]
-    images, rest = divmod(whole, processes*recipe.accumulate)
-    if rest:
-        raise BadInput(f'{whole} images of a batch cannot be shared out among {processes} processes with '
-                       f'{recipe.accumulate} microbatches each: choose numbers that divide')
+    images, whole = part.microbatch(processes, recipe.accumulate), part.span[1] - part.span[0]
     backbone, sides = networks.step.student.backbone, _sides(networks.step.student, part.size)
     own = {name: networks.teachers[name] for name in part.weights}
     with SHAPES_ONLY:

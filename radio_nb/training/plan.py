@@ -286,6 +286,9 @@ def plan_notes(plan:Plan, devices:list[Device])->list[str]:
     notes = [f'A step of {recipe.batch_size} images is {last}, all {steps} of them {in_units(whole, "FLOP")}: {kinds}.',
              f'Each process holds {held}.']
     seen = recipe.batch_size*steps/max(plan.images, 1)
+    if any(line.weight for line in recipe.listen):
+        notes.append('Listeners are not counted: their losses, weights and heads come on top, and a second student '
+                     'where one asks for it.')
     if plan.images: notes.append(f'Each of {plan.images} images is seen {_short(seen)} times.')
     crop, rows = plan.crop_bytes(), recipe.views*plan.images
     if recipe.views: notes.append(f'In a cache a crop takes {in_units(crop, "B")}' + (

@@ -204,11 +204,12 @@ def check_sizes(recipe:Recipe, plan:tuple[StagePlan, ...], student:Student, proc
             if height % patch or width % patch:
                 raise BadInput(f'a student with patches of {patch} cannot see {height} × {width} pixels: '
                                f'make both sides a multiple of {patch}')
-        images = (part.span[1] - part.span[0])//processes
-        if images % recipe.accumulate:
-            raise BadInput(f'accumulate: {images} images of a process cannot be divided '
-                           f'into {recipe.accumulate} microbatches')
-        check_microbatch(student, images//recipe.accumulate)
+        check_microbatch(student, part.microbatch(processes, recipe.accumulate))
+    grids = {(h//patch, w//patch) for stage in plan for part in stage.parts for h, w in part.sizes()}
+    for side in recipe.windows:
+        if side and not any(h % side == w % side == 0 and side < max(h, w) for h, w in grids):
+            raise BadInput(f'windows: {side} × {side} patches tile no grid of this run, which are '
+                           + ', '.join(f'{h} × {w}' for h, w in sorted(grids)))
 
 # %% ../../nbs/training/08_preparation.ipynb #2be0f709
 def identity(width:int)->Normalizer:
@@ -236,7 +237,7 @@ def export_student(recipe:Recipe, widths:dict[str, tuple[int, int]], state:dict,
                    classes:dict[str, int]|None=None): # see `new_student`
     "Write the student of a checkpoint into the folder of its run."
     own = {key[len('student.'):]: tensor for key, tensor in state['weights'].items() if key.startswith('student.')}
-    normalizers = load_normalizers(widths, out)
+    normalizers = load_normalizers(widths, out, state['step'] - 1)
     for name in widths.keys() - normalizers.keys():
         print(f'the run ended before teacher {name} took part: its head has learned nothing', file=sys.stderr)
     as_saved(recipe, widths, state.get('ema', own), normalizers, classes).save_pretrained(out)

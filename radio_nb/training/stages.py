@@ -34,6 +34,17 @@ class BatchPartition(NamedTuple):
         "Those of the student's images, the largest first."
         return self.size, *self.others
 
+    def microbatch(self, processes:int, accumulate:int)->int:
+        "How many of its images pass through the networks of a process at a time. Raises `BadInput` for unequal parts."
+        whole = self.span[1] - self.span[0]
+        images, rest = divmod(whole, processes)
+        if rest:
+            raise BadInput(f'{whole} images of a batch cannot be shared out among {processes} processes: '
+                           'choose numbers that divide')
+        if images % accumulate:
+            raise BadInput(f'accumulate: {images} images of a process cannot be divided into {accumulate} microbatches')
+        return images//accumulate
+
 class StagePlan(NamedTuple):
     "Some steps of a run in which the same is done."
     first: int                # step, counted from 0

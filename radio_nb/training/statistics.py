@@ -41,7 +41,7 @@ from ..agglomeration.angles import angle_loss, dispersion
 from ..agglomeration.shifts import Places, Shift, Windows, shift_of
 from ..agglomeration.resolutions import grid_of, teachers_at
 from ..agglomeration.mesa import AVERAGE
-from ..agglomeration.mosaic import dealt, mosaics_at
+from ..agglomeration.mosaic import dealt, mosaics_at, with_features
 from .recipe import Recipe, teacher_names, teacher_precisions, teacher_weights
 from .stages import StagePlan, BatchPartition
 from .distributed import shard_of
@@ -164,8 +164,9 @@ def training_teachers(recipe:Recipe, teachers:dict[str, Teacher])->dict[str, Tea
     device = next(iter(teachers.values())).mean.device
     precisions, found = teacher_precisions(recipe, list(teachers), computes_in_bfloat16(device)), {}
     for name, teacher in teachers.items():
-        found[name] = teacher.lowered() if precisions[name] == 'bfloat16' else copy(teacher)
-        if recipe.compile: found[name].features = torch.compile(teacher.features, backend=recipe.compile, dynamic=False)
+        own = teacher.lowered() if precisions[name] == 'bfloat16' else copy(teacher)
+        if recipe.compile: own = with_features(own, torch.compile(own.features, backend=recipe.compile, dynamic=False))
+        found[name] = own
     return found
 
 # %% ../../nbs/training/05_statistics.ipynb #5638b1b6

@@ -131,7 +131,8 @@ def start_stage(run:TrainingRun, plan:StagePlan):
         distill_step = new_distill_step(recipe, run.student, out, ready.classifiers)
         run.trainer = Trainer(distill_step, recipe, device, run.accelerator)
         if run.state: run.trainer.load_state_dict(run.state['trainer'])
-    before = load_normalizers(run.widths, out, plan.first - 1) if plan.first else {}
+    changes = plan.first and run.trainer.step == plan.first   # not where a stage is gone on with
+    before = load_normalizers(run.widths, out, plan.first - 1) if changes else {}
     if recipe.init: before = {name: identity(width) for name, (_, width) in run.widths.items()} | before
     run.trainer.start_stage(plan, sources, normalizers, before)
     run.trainer.loss.of_summaries = load_summary_losses(run.widths, out, plan.first)
@@ -229,10 +230,15 @@ def train_stage(run:TrainingRun, plan:StagePlan):
             if saving or reading: write_logs(run, metrics)
             progress(trainer.step, f'loss {run.loss:.3f}' if isfinite(run.loss) else '')   # none has been read yet
             if run.writer.done(): run.see_written()
-            if saving: run.checkpoint(ended)
+            if saving:
+                run.checkpoint(ended)
+                stopping, ended = asked_to_stop(run, signals, True)   # also by who is told of the checkpoint
             if ended or stopping: break
+        run.see_written()
         stopping, ended = asked_to_stop(run, signals, True)   # also while the last checkpoint was written
-    run.see_written()
+    if ended and not run.state['ended']:
+        run.checkpoint(ended)
+        run.see_written()
     if stopping and not ended and trainer.step < run.total:
         raise Stopped(f'stopped after step {trainer.step} of {run.total}; add --resume to go on')
 
@@ -245,7 +251,8 @@ def begin(run:TrainingRun):
     run.accelerator.wait_for_everyone()   # all have looked
     if run.main:
         if not begun(out) and not began_alike(recipe, inputs, out): forget_statistics(out)
-        for part in [*out.glob('*.part'), *out.glob('best/*.part')]: part.unlink()   # of a run killed while it wrote
+        left = (path for where in ('', 'best/', 'checkpoints/') for path in out.glob(f'{where}*.part'))
+        for part in left: part.unlink()   # of a run killed while it wrote
         write_json(out/'inputs.json', inputs)   # first: it marks the folder as ours
         atomic_write(out/'recipe.toml', recipe_toml(recipe))
     run.accelerator.wait_for_everyone()

@@ -24,6 +24,7 @@ from ..targets.normalizers import Normalizer, matmuls_in, multiply
 from ..losses.balancing import BETAS
 from ..losses.losses import at_least_float32
 from ..losses.multi_teacher import MultiTeacherLoss
+from ..models.backbones import keep_statistics
 from ..models.randomness import rng_shard
 from ..models.student import FROM_LABELS, Student
 from ..data.crops import Batch, Pixels
@@ -227,9 +228,9 @@ def retarget(
 ):
     "Change a layer's output from one normalization to another, with the teacher's own features unchanged."
     own = old.fold_into(linear)
-    weight, mean = new.weight.to(own.weight.device), new.mean.to(own.weight.device)
-    linear.weight.copy_(multiply(weight, own.weight.T).T)
-    linear.bias.copy_(multiply(weight, own.bias - mean))
+    weight, mean, own_weight, bias = (x.cpu().double() for x in (new.weight, new.mean, own.weight, own.bias))
+    linear.weight.copy_(multiply(weight, own_weight.T).T)   # a whitening of weak directions forgives no rounding
+    linear.bias.copy_(multiply(weight, bias - mean))
 
 # %% ../../nbs/training/07_trainer.ipynb #4cf456d4
 def clip(part:nn.Module, largest:float)->Tensor: # the norm of its gradient before, a scalar
@@ -414,6 +415,7 @@ class Trainer:
         micros = microbatches(self.sources, batches, recipe.accumulate, seed, accelerator)
         first_averages(self, micros)
         self.state.model.train()
+        if self.student.heads_only: keep_statistics(self.student.backbone)
         self.state.optimizer.zero_grad()
         for micro in micros:
             with micro.noise(self.student, recipe.damp), grad_sync(self.state.model, accelerator, micro.last):
@@ -453,5 +455,7 @@ def teacher_gradient_norms(trainer:Trainer, batches:tuple[Batch, ...])->dict[str
         targets = normalize_targets(features, trainer.normalizers, trainer.step)
         new = {name: target for name, target in targets.items() if name not in norms}
         masks = grid_masks(micro.batch.masks, new)
+        if getattr(trainer.student.backbone, 'windows', ()):
+            trainer.student.backbone.window = 0   # the last step's may not fit
         norms |= gradient_norms(trainer.student, trainer.loss, pixels.at(part.size), new, masks)
     return dict(zip(norms, accelerator.reduce(torch.stack(list(norms.values())), 'mean').tolist()))
