@@ -120,7 +120,10 @@ def test_a_plan_takes_the_mean_over_sizes_and_the_most_memory(recipe):
     assert shown == {'efficientnet-lite0/-2': '≤ 96 × 96', 'u2netp': '64 × 64', 'student': '≤ 96 × 96'}
     *each, drawn = (plan_recipe(replace(recipe, sizes=sizes, views=1, cache='x'))
                     for sizes in ((48,), (64,), (96,), (48, 64, 96)))
-    assert drawn.crop_bytes() == sum(plan.crop_bytes() for plan in each)
+    fixed = plan_recipe(replace(recipe, sizes=(64,), views=1, cache='x', teachers=('zoo:u2netp#64',), flexible=()))
+    assert drawn.crop_bytes() == sum(plan.crop_bytes() for plan in each) - 2*fixed.crop_bytes()   # which sees one size
+    def filling(plan): return sum(plan._replace(images=10).before().values())
+    assert filling(drawn) == pytest.approx(sum(map(filling, each)) - 2*filling(fixed))
 
 
 def test_the_student_is_judged_by_what_its_teacher_says_of_the_same_size(recipe, out):

@@ -248,6 +248,12 @@ class Batch(NamedTuple):
     masks: Tensor|None = None # (B, height, width) bool, true where the image is; None where all of it is
     labels: Tensor|None = None # numbers of classes, (B,) int64, -1 where one is not known; None where there are none
 
+    def part(self, i:int, n:int)->'Batch':
+        "Every n-th of these crops, from the i-th on."
+        rows = slice(i, None, n)
+        return Batch(self.images[rows], self.skipped, self.rows[rows],
+                     *(own if own is None else own[rows] for own in (self.masks, self.labels)))
+
 def collate(crops:list[Crop])->Batch:
     "One batch of many crops."
     skipped = {name: why for crop in crops for name, why in crop.skipped.items()}

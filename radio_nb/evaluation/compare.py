@@ -97,13 +97,17 @@ def compare_runs(
         if not found: raise BadInput(f'{run} was not evaluated: radio-nb evaluate {run} --images FOLDER does that')
     partial = [f'{score.measure} of {run}' for run, found in scores.items() for score in found
                if score.n < score.total or not isfinite(score.value)]
-    values, suite_of = {}, {}
-    for group, name in zip(groups, group_names(groups)):
+    values, suite_of, sizes = {}, {}, {name: len(group) for group, name in zip(groups, group_names(groups))}
+    for group, name in zip(groups, sizes):
         for score in (score for run in group for score in scores[run] if isfinite(score.value)):
             row = f'{score.measure} on {score.dataset}' if score.dataset else score.measure
             suite_of[row] = score.suite
             if score.n == score.total: values.setdefault(row, {}).setdefault(name, []).append(score.value)
-    table = {row: {method: over_seeds(found) for method, found in cells.items()} for row, cells in values.items()}
+    # a mean over some of the seeds would stand under the name of all
+    partial += [f'{row} of {name}' for row, cells in values.items() for name in cells if len(cells[name]) < sizes[name]]
+    whole = {row: {name: found for name, found in cells.items() if len(found) == sizes[name]}
+             for row, cells in values.items()}
+    table = {row: {name: over_seeds(found) for name, found in cells.items()} for row, cells in whole.items() if cells}
     return Comparison(table, _ranks_by_suite(table, suite_of), partial)
 
 # %% ../../nbs/evaluation/09_compare.ipynb #2b8d6f0f

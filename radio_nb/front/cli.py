@@ -28,7 +28,7 @@ import radio_nb
 from ..targets.bad_input import BadInput, one_line
 from ..losses.methods import METHODS
 from ..models.specs import TEACHERS, check_spec, parse_spec
-from ..data.files import Progress, Stopped, atomic_write, signals_interrupt, stop_flag
+from ..data.files import Progress, Stopped, atomic_write, signals_interrupt, stop_flag, write_json
 from ..training.recipe import AtLeast0, AtLeast1, NotNegative, Recipe, check_names, check_values, read_recipe
 from ..training.recipe import recipe_toml
 from ..evaluation.scores import SUITES, EvalData, check_eval_data, score_table
@@ -229,7 +229,7 @@ def compare_command(
     names, rows = comparison_table(compared)
     print(text_table(names, rows, right=tuple(names[2:])))
     if not compared.ranks: print('\nNo average rank: no measure was taken of all of them on the same images.')
-    for what in compared.partial: print(f'left out: {what}, which is of a part of the images')
+    for what in compared.partial: print(f'left out: {what}, which is of a part of the images or seeds')
     if out: write_comparison(compared, out)
     print(f'\nThe comparison is in {out}.' if out else '\nTo have it as a page: the same with --out comparison.html')
 
@@ -361,11 +361,14 @@ def zero_shot_command(
     if out: out.parent.mkdir(parents=True, exist_ok=True)   # before the work, not after it
     from radio_nb.front.features import label_images
     hide_other_bars()
-    found, skipped = label_images(model, labels.labels, read.images, labels.top, labels.adaptor, read.batch_size,
-                                  read.workers)
+    with stop_flag() as signals:
+        found, skipped = label_images(model, labels.labels, read.images, labels.top, labels.adaptor, read.batch_size,
+                                      read.workers, lambda: len(signals))
     if out: write_labels(found, out)
+    if out and skipped: write_json(out.with_suffix('.skipped.json'), skipped)
     print_labels(found)
     print_skipped(skipped)
+    if signals: raise Stopped(f'stopped after {len(found)} images' + (f', which are in {out}' if out else ''))
     print(f'\nAll are in {out}.' if out else '\nTo have all of them in a file: the same with --out labels.csv')
     if Path(model).is_dir():
         print('How often they are right, where each label has a folder of images: '

@@ -250,6 +250,6 @@ def comparison_page(compared:Comparison)->str:
     rows = [[f'{measure} {mark}'.strip(), *row[1:]] for measure, mark, row in zip(measures, marks, rows)]
     words = ['The best of every row is bold. A ± is the standard deviation over seeds.']
     if shared: words.append(f'All runs lie in {shared}.')
-    words += [f'Left out: {what}, which is of a part of the images.' for what in compared.partial]
+    words += [f'Left out: {what}, which is of a part of the images or seeds.' for what in compared.partial]
     return page('Comparison of runs', [html_table([*header[:2], *short], rows, bold=best_cells(compared)), *notes,
                                        *(f'<p>{escape(sentence)}</p>' for sentence in words)])

@@ -215,7 +215,7 @@ def save_features(
     _at_least(0, workers=workers)
     source, opened, folder = open_source(model, adaptor, size), _bounded(images), Path(f'{out}.parts')
     request = {'model': model, 'output': source.output, 'weights': source.weights, 'images': images,
-               'contents': images_fingerprint(opened), 'adaptor': adaptor, 'what': what,
+               'contents': images_fingerprint(opened, thorough=True), 'adaptor': adaptor, 'what': what,
                'size': '{}x{}'.format(*source.size)}
     row_shape(source, what)   # before anything is written
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -264,6 +264,7 @@ def label_images(
     adaptor:str='',            # which open_clip teacher, where the run has several; '' for the first
     batch_size:int=32,
     workers:int=0,             # processes that decode
+    stopped:Callable[[], bool]=lambda: False, # asked before every batch
 )->tuple[list[LabelledImage], dict[str, str]]: # and images that could not be read, with the reason
     "The nearest labels of every image that can be read. Raises `BadInput`."
     labels = [label.strip() for label in labels]
@@ -287,5 +288,6 @@ def label_images(
             found += [LabelledImage(name, [labels[i] for i in which], *numbers) for name, which, *numbers in
                       zip(names, *(part.tolist() for part in best))]
         progress(batch[-1].row + 1)
+        if stopped(): return found, skipped
     check_some(found, skipped)
     return found, skipped

@@ -209,6 +209,7 @@ class PartCost(NamedTuple):
     student_peak: int             # while the student does, gradients included
     cached: dict[str, int]        # bytes of one crop's features in a cache, by teacher
     seen: dict[str, tuple[int, int]]  # the size of each teacher's images; of several the largest
+    sizes: dict[str, int]         # how many such sizes there are
 
 def _pass(part, teachers, size, images, recipe, networks, meter):
     "A microbatch: laps of each teacher and of the student, there and back; and bytes of each teacher's features."
@@ -261,7 +262,7 @@ def _count_at(part, recipe, networks, processes, again): # part: of one size
     def peak(*phases): return max(costs[phase][1] for costs in passes for phase in phases)
     forward = mean('forward')
     return PartCost(part, whole, {name: mean(name) for name in own}, forward, forward + mean('backward'),
-                    peak(*own), peak('forward', 'backward'), cached, seen)
+                    peak(*own), peak('forward', 'backward'), cached, seen, dict.fromkeys(own, 1))
 
 def count_part(
     part:BatchPartition,
@@ -275,7 +276,9 @@ def count_part(
              for size in part.sizes()]
     def mean(of): return scaled(sum((of(cost) for cost in costs), Counter()), 1/len(costs))
     teachers = {name: mean(lambda cost, name=name: cost.teachers[name]) for name in part.weights}
-    cached = {name: sum(cost.cached[name] for cost in costs) for name in part.weights}
+    # a teacher that does not follow the student sees and keeps the same at every size
+    kept = {name: {cost.seen[name]: cost.cached[name] for cost in costs} for name in part.weights}
     return PartCost(part, costs[0].images, teachers, mean(lambda cost: cost.forward), mean(lambda cost: cost.training),
-                    max(cost.teacher_peak for cost in costs), max(cost.student_peak for cost in costs), cached,
-                    costs[0].seen)
+                    max(cost.teacher_peak for cost in costs), max(cost.student_peak for cost in costs),
+                    {name: sum(own.values()) for name, own in kept.items()}, costs[0].seen,
+                    {name: len(own) for name, own in kept.items()})

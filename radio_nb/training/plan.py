@@ -69,7 +69,7 @@ class Plan(NamedTuple):
         "The arithmetic before the first step: of statistics, or of filling the cache."
         if self.recipe.cache:
             rows = self.recipe.views*self.images
-            return sum((scaled(cost.teachers[name], rows*len(cost.part.sizes()))
+            return sum((scaled(cost.teachers[name], rows*cost.sizes[name])
                         for (name, _), cost in self.crops().items()), Counter())
         return sum((scaled(_teachers(costs), self.recipe.statistics_steps)
                     for stage, costs in self.stages if stage.measured), Counter())

@@ -198,7 +198,7 @@ def open_sources(
         size = crop_sides(part.size, [teacher.size for teacher in first.teachers.values()])
         crops = crops_of(first.shift.crop_size(size) if first.shift else size)
         if recipe.cache:
-            settings = crops, recipe.cache, recipe.batch_size, accelerator, recipe.workers
+            settings = crops, recipe.cache, recipe.batch_size//recipe.accumulate, accelerator, recipe.workers
             first, *others = (s._replace(cached=fill_cache(s.teachers, *settings)) for s in (first, *others))
             crops = crops_of(part.size)
         sources.append(first._replace(crops=crops, others=tuple(others)))
@@ -247,11 +247,13 @@ def take_statistics(recipe:Recipe, plan:StagePlan, sources:list[Source], out:Pat
     steps, main = recipe.statistics_steps, accelerator.is_main_process
     progress = Progress(steps, what='statistics', quiet=not main)
     streams = [source.batches(recipe, accelerator, plan.first, plan.first + steps) for source in sources]
+    pieces = 1 if recipe.information else recipe.accumulate   # positions are drawn for a whole batch
     def features():
         for i, batches in enumerate(zip(*streams), 1):
-            for source, batch in zip(sources, batches):
-                found = source.in_turn(i - 1).teacher_features(batch, device)
-                masks = grid_masks(batch.masks, found)
+            for source, part in ((source, batch.part(k, pieces)) for source, batch in zip(sources, batches)
+                                 for k in range(pieces)):
+                found = source.in_turn(i - 1).teacher_features(part, device)
+                masks = grid_masks(part.masks, found)
                 yield {name: (*own, masks.get(name)) for name, own in found.items()}
             progress(i)
     seen = steps*min(b - a for a, b in (source.part.span for source in sources))

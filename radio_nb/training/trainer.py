@@ -179,12 +179,10 @@ def microbatches(sources:list[Source], batches:tuple[Batch, ...], accumulate:int
             raise BadInput(f'accumulate: {len(batch.images)} images of a process cannot be divided '
                            f'into {accumulate} microbatches')
         for k in range(accumulate):
-            rows = slice(k, None, accumulate)
-            own = Batch(batch.images[rows], batch.skipped, batch.rows[rows],
-                        *(part if part is None else part[rows] for part in (batch.masks, batch.labels)))
             which = shard(accelerator.process_index, accelerator.num_processes, k, accumulate)
             last = (i, k) == (len(sources) - 1, accumulate - 1)
-            found.append(Microbatch(source.drawn(seed + (i << 40)), own, which, seed + (i << 40), last))
+            found.append(Microbatch(source.drawn(seed + (i << 40)), batch.part(k, accumulate), which,
+                                    seed + (i << 40), last))
     return found
 
 # %% ../../nbs/training/07_trainer.ipynb #6a0c08bc
