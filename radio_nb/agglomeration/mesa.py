@@ -21,4 +21,4 @@ def mesa_loss(
     def normalized(grid): return F.layer_norm(grid.float(), grid.shape[-1:])
     apart = (normalized(x) - normalized(average.detach())).square().mean(-1)
     if mask is None: return apart.mean()
-    return (apart*mask).sum()/mask.sum().clamp(min=1)
+    return ((apart*mask).sum((1, 2))/mask.sum((1, 2)).clamp(min=1)).mean()   # every image counts alike

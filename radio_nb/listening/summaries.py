@@ -6,7 +6,7 @@
 __all__ = ['nd_losses', 'DirectionAndNorm', 'information_bound', 'Information', 'HiddenAxes', 'Subclasses']
 
 # %% ../../nbs/listening/04_summaries.ipynb #5d40003
-from math import log
+from math import inf, log
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +97,7 @@ class HiddenAxes(nn.Module):
         self.weight, self.ready = [classifier.weight], False   # in a list, so that it is no part of this module
         for name, shape in {'second': (width, width), 'sums': (classes, width), 'counts': (classes,),
                             'axes': (width, count)}.items(): self.register_buffer(name, torch.zeros(shape))
+        self.register_buffer('began', torch.tensor(inf))
 
     def update(self, summaries:Tensor, named:Tensor): # (B, C); classes, (B,)
         "Take in a batch."
@@ -121,8 +122,8 @@ class HiddenAxes(nn.Module):
         "Find the directions, unless there are too few images of one class to show any."
         count, images = self.axes.shape[1], (self.counts.sum() - (self.counts > 0).sum()).item()   # beyond one of each
         if images < 4*count: return
-        cov = (self.second - self.sums.T @ self.means).double().cpu()/images
-        seen = torch.linalg.qr(self.weight[0].double().cpu().T).Q
+        cov = (self.second - self.sums.T @ self.means).cpu().double()/images   # not every device has float64
+        seen = torch.linalg.qr(self.weight[0].cpu().double().T).Q
         outside = torch.eye(len(cov), dtype=cov.dtype) - seen @ seen.T
         variances, directions = eigenbasis(outside @ cov @ outside)
         if variances[count - 1] <= 1e-4*variances[0]: return
@@ -143,7 +144,7 @@ class Subclasses(SoftLabels):
         classes:dict[str, int],
         parts:int=4,                       # of a class
         beta:float=1.,                     # the smaller, the surer is the teacher of a part
-        measured:float=.1,                 # share of the run in which directions are looked for
+        measured:float=.1,                 # share of the run, from a teacher's first batch on, to look for directions
         temperature:float=4.,              # of the classes
     ):
         super().__init__(widths, classes, temperature)
@@ -169,4 +170,6 @@ class Subclasses(SoftLabels):
 
     def update(self, loss, progress):
         for hidden in self.hidden:
-            if progress >= self.measured and not hidden.found(): hidden.fit()
+            if hidden.found(): continue
+            if hidden.counts.any(): hidden.began.clamp_(max=progress)   # a teacher may come in later
+            if progress - hidden.began.item() >= self.measured: hidden.fit()
