@@ -75,7 +75,7 @@ def water_filling(
 )->tuple[Tensor, Tensor]: # the summed error, and the bits of an embedding
     "The best that any code can do for a Gaussian source (reverse water-filling)."
     errors = eigenvalues.double().clamp(max=level)
-    return errors.sum(), .5*(eigenvalues.double()/errors)[errors > 0].log2().sum()
+    return errors.sum(), .5*(eigenvalues.double()/errors)[eigenvalues > 0].log2().sum()
 
 def gaussian_bits(
     eigenvalues:Tensor, # of the covariance of the embedding, (C,)
@@ -152,13 +152,13 @@ class RateDistortion(nn.Module):
 
     def encode(self,
         x:Tensor, # embeddings, (..., dim)
-    )->Tensor:    # the code, noisy in training and rounded in evaluation, (n, B, dim)
+    )->Tensor:    # the code, noisy in training and rounded in evaluation, (n, B, code), of as many channels as `basis`
         "Encoder and channel."
         rows = x.reshape(-1, x.shape[-1])
         return noise_or_round(self.gain*self.encoder(rows.expand(len(self.rates), -1, -1)), self.training)
 
     def decode(self,
-        code:Tensor, # (n, B, dim)
+        code:Tensor, # (n, B, code)
     )->Tensor:       # reconstructions, (n, B, dim)
         "The decoder."
         return self.decoder(code/self.gain)

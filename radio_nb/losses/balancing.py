@@ -57,7 +57,7 @@ class AdaLoss(nn.Module):
         "The terms that have neither an average nor a stand-in yet."
         among = set(self.names if among is None else among)
         if not among <= self.known:   # else nothing is read from the device
-            self.known = {name for name, steps in zip(self.names, self.steps.tolist()) if steps}
+            self.known |= {name for name, steps in zip(self.names, self.steps.tolist()) if steps}
         return among - self.known
 
     def begin(self,
@@ -80,11 +80,12 @@ class AdaLoss(nn.Module):
         if odd := terms.keys() - set(self.names): raise unknown('term', min(odd), self.names)
 
     def _stack(self, terms):
-        "The terms as one vector, NaN where one is missing."
+        "The terms as one vector, NaN where one is missing, or nothing of it counts."
         self._check(terms)
         values = [terms.get(name, nan) for name in self.names]
         def scalar(x): return x.to(self.average) if isinstance(x, Tensor) else self.average.new_full((), x)
-        return torch.stack([scalar(x) for x in values])
+        stacked = torch.stack([scalar(x) for x in values])
+        return torch.where(stacked > 0, stacked, nan)   # 0 is what is left of a term where no position counts
 
     def _load_from_state_dict(self, *args):
         self.known = set()
