@@ -72,9 +72,8 @@ class AdaLoss(nn.Module):
         terms:dict[str, float|Tensor],  # of the whole step, by name; one that is missing or not finite changes nothing
     ):
         "Take the losses of a step into the averages, once and after it."
-        average, steps = ema_step(self.average, self.steps, self._stack(terms), self.momentum)
-        self.average.copy_(average)
-        self.steps.copy_(steps)
+        found = ema_step(self.average, self.steps, self._stack(terms), self.momentum)
+        for old, new in zip((self.average, self.steps), found): old.copy_(new)
 
     def _check(self, terms):
         if odd := terms.keys() - set(self.names): raise unknown('term', min(odd), self.names)
@@ -84,8 +83,8 @@ class AdaLoss(nn.Module):
         self._check(terms)
         values = [terms.get(name, nan) for name in self.names]
         def scalar(x): return x.to(self.average) if isinstance(x, Tensor) else self.average.new_full((), x)
-        stacked = torch.stack([scalar(x) for x in values])
-        return torch.where(stacked > 0, stacked, nan)   # 0 is what is left of a term where no position counts
+        found = torch.stack([scalar(x) for x in values])
+        return found.where(found > 0, nan)   # 0 is what is left of a term where no position counts
 
     def _load_from_state_dict(self, *args):
         self.known = set()
