@@ -207,7 +207,7 @@ def check_sizes(recipe:Recipe, plan:tuple[StagePlan, ...], student:Student, proc
         check_microbatch(student, part.microbatch(processes, recipe.accumulate))
     grids = {(h//patch, w//patch) for stage in plan for part in stage.parts for h, w in part.sizes()}
     for side in recipe.windows:
-        if side and not any(h % side == w % side == 0 and side < max(h, w) for h, w in grids):
+        if side and not any(side in student.backbone.fitting(h, w) for h, w in grids):
             raise BadInput(f'windows: {side} × {side} patches tile no grid of this run, which are '
                            + ', '.join(f'{h} × {w}' for h, w in sorted(grids)))
 

@@ -227,8 +227,8 @@ def retarget(
     "Change a layer's output from one normalization to another, with the teacher's own features unchanged."
     own = old.fold_into(linear)
     weight, mean, own_weight, bias = (x.cpu().double() for x in (new.weight, new.mean, own.weight, own.bias))
-    linear.weight.copy_(multiply(weight, own_weight.T).T)   # a whitening of weak directions forgives no rounding
-    linear.bias.copy_(multiply(weight, bias - mean))
+    for part, told in ((linear.weight, multiply(weight, own_weight.T).T), (linear.bias, multiply(weight, bias - mean))):
+        part.copy_(told.to(part.dtype))   # not every device knows float64; whitening forgives no rounding before
 
 # %% ../../nbs/training/07_trainer.ipynb #4cf456d4
 def clip(part:nn.Module, largest:float)->Tensor: # the norm of its gradient before, a scalar
