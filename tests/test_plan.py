@@ -140,10 +140,12 @@ def test_weights_moments_and_averages_are_counted_one_by_one():
 
 
 def test_the_mean_over_windows():
-    plans = [plan_recipe(small(size=128, depth=4, windows=sides)) for sides in ((2,), (4,), (2, 4), (16,), ())]
+    plans = [plan_recipe(small(size=128, depth=4, windows=sides)) for sides in ((2,), (4,), (2, 4), (0,), ())]
     two, four, mean, none, whole = [sum(plan.step().values()) for plan in plans]
     assert two == pytest.approx(counted(real_step(plans[0].recipe, 2)), rel=.02) and two != four
-    assert mean == pytest.approx((two + four)/2) and none == whole   # a window of 16 patches does not fit into 8 × 8
+    assert mean == pytest.approx((two + four)/2) and none == whole
+    with pytest.raises(BadInput, match='windows: 16 × 16 patches tile no grid of this run, which are 8 × 8'):
+        plan_recipe(small(size=128, depth=4, windows=(16,)))
 
 
 def test_a_run_is_its_stages_and_what_comes_before_them():
