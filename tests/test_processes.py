@@ -202,4 +202,4 @@ def test_two_processes_stop_together_and_go_on_as_one(tmp_path):
 def test_a_batch_that_cannot_be_cut_is_refused_in_one_line(tmp_path):
     process = launch(2, 'distill', *SMALL, '--batch-size', '3', '--device', 'cpu', '--out', tmp_path/'run')
     _, error = process.communicate(timeout=300)
-    assert process.returncode and 'a batch of 3 cannot be cut into 2 equal parts' in error
+    assert process.returncode and '3 images of a batch cannot be shared out among 2 processes' in error
