@@ -30,7 +30,7 @@ from radio_nb.data.labelled import in_order, labelled_images
 from radio_nb.evaluation import suites
 from radio_nb.evaluation.compare import average_ranks, best_cells, compare_runs, comparison_table, ranks
 from radio_nb.evaluation.knn import knn_accuracy
-from radio_nb.evaluation.scores import EvalData, Score, load_scores, save_scores
+from radio_nb.evaluation.scores import EvalData, Score, load_scores, merged, save_scores
 from radio_nb.evaluation.suites import (
     ReadableImages,
     extract,
@@ -41,10 +41,12 @@ from radio_nb.evaluation.suites import (
     zero_shot_suite,
 )
 from radio_nb.front import cli
+from radio_nb.front import evaluate as front_evaluate
 from radio_nb.front.evaluate import by_seed
 from radio_nb.models.student import Student
 from radio_nb.models.zoo import photographs
 from radio_nb.targets.bad_input import BadInput
+from radio_nb.targets.features import Features
 from radio_nb.training.recipe import Recipe, recipe_toml
 
 quick = settings(max_examples=50, deadline=None)
@@ -133,6 +135,54 @@ def test_another_model_does_not_take_the_name_of_a_teacher(mine):
     "Of one name, the model would not be looked at: what the teacher says would be taken for its own."
     evaluate(mine, '--images', 'zoo:photos', '--limit', 4, '--also', 'zoo:u2netp#96')
     assert found(mine)['zoo:u2netp#96', 'cka, u2netp'].value < .999
+
+
+def test_another_model_does_not_take_the_name_of_the_student(mine, labelled):
+    "Its weights may be in a file that is called so; the last score of a name would stand for both."
+    import timm  # after radio_nb, so that torchvision can be imported
+    spec = f"timm:test_vit@{mine/'other'/'student.safetensors'}#64"
+    (mine/'other').mkdir()
+    save_file(timm.create_model('test_vit').state_dict(), mine/'other'/'student.safetensors')
+    data = '--suite', 'knn', '--train', labelled/'train', '--test', labelled/'test'
+    evaluate(mine, *data)
+    alone = found(mine)['student', 'knn']
+    evaluate(mine, *data, '--also', spec)
+    assert found(mine)['student', 'knn'] == alone and (spec, 'knn') in found(mine)
+
+
+def test_what_is_known_of_one_size_stays_when_another_fails(mine, refused, monkeypatch):
+    sizes = '--images', 'zoo:photos', '--limit', 4, '--sizes', 64, 96
+    assert '--sizes 72x72: both sides must be a multiple of 16' in refused('evaluate', mine, *sizes, 72)
+    assert not load_scores(mine)   # refused before anything was asked
+    whole = suites.match_suite
+    def once(*args):
+        if load_scores(mine): raise BadInput('out of memory')
+        return whole(*args)
+    monkeypatch.setattr(front_evaluate, 'match_suite', once)
+    assert 'out of memory' in refused('evaluate', mine, *sizes)
+    assert {score.dataset for score in load_scores(mine)} == {'zoo:photos, 4 each at 64 × 64'}
+
+
+def test_a_score_of_fewer_images_replaces_none_of_more():
+    def of(n, value, total=100): return Score('student', 'knn', value, n, total, 'knn', 'a → b')
+    for old, new, kept in ((of(100, .5), of(16, .1), .5), (of(16, .1), of(100, .5), .5), (of(16, .1), of(32, .2), .2),
+                           (of(100, .5), of(100, .6), .6), (of(100, .5), of(90, .4, 90), .4)):
+        assert [score.value for score in merged([old], [new])] == [kept]
+
+
+def test_the_class_that_does_not_count_is_in_a_mask(mine, masks, refused):
+    sets = '--suite', 'segmentation', '--masks', masks/'train.parquet', '--test-masks', masks/'test.parquet'
+    for no in (-1, 256):
+        assert f'--ignore is {no}, but must be a class in the masks' in refused('evaluate', mine, *sets, '--ignore', no)
+
+
+def test_summaries_do_not_keep_the_tokens_of_which_they_are_a_view(labelled, monkeypatch):
+    tokens = torch.rand(64, 9, 5)
+    def features(images): return Features(tokens[:len(images), 0], tokens[:len(images), 1:, None])
+    def encoded(encode, *_): assert encode(torch.rand(4, 3, 8, 8)).untyped_storage().nbytes() == 4*5*4
+    monkeypatch.setattr(suites, 'extract', encoded)
+    model = suites.EvalModel('a', features, (8, 8), torch.device('cpu'))
+    assert not suites.labelled_suite(model, EvalData(train=str(labelled/'train'), test=str(labelled/'test'), k=3))
 
 
 def test_the_vote_is_that_of_knn_accuracy(mine, labelled):

@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -36,6 +37,8 @@ from radio_nb.front.features import FeatureSource, label_images, save_features
 from radio_nb.models.student import Student
 from radio_nb.models.teachers import load_teacher
 from radio_nb.targets.features import Features
+from radio_nb.training.recipe import recipe_toml
+from radio_nb.training.run_folder import open_recipe
 
 ENDINGS = ('.parquet', '.safetensors', '.npy')
 CLIP = 'ViT-S-32-alt'
@@ -299,6 +302,15 @@ def test_adaptors_and_sizes_that_a_student_does_not_have(run, refused, tmp_path)
     assert "unknown adaptor 'u2net': did you mean u2netp?" in command('--adaptor', 'u2net')
     assert 'a student with patches of 16 cannot see 60 × 60 pixels' in command('--size', '60')
     assert not list(tmp_path.iterdir())
+
+
+def test_a_grid_that_was_not_learned_is_not_written(run, refused, tmp_path):
+    mine = shutil.copytree(run[0], tmp_path/'mine')
+    recipe = open_recipe(mine)
+    (mine/'recipe.toml').write_text(recipe_toml(replace(recipe, spatial_weights=(0.,))))
+    asked = '--images', 'zoo:photos', '--out', tmp_path/'x.npy', '--adaptor', 'u2netp', '--what', 'grid'
+    assert 'the student did not learn the grid of u2netp' in refused('features', mine, *asked)
+    assert [path.name for path in tmp_path.iterdir()] == ['mine']
 
 
 def test_a_teacher_sees_other_shapes_where_it_can(world, tmp_path):

@@ -219,6 +219,8 @@ def test_what_does_not_count_is_no_answer():
     masks[masks == 0] = 255   # the first class is void in both
     probe = segmentation_probe((x, masks.where(masks != 255, 0)), (y, test_masks), 3, ignore=0, epochs=1, lr=0)
     assert probe.confusion[:, 0].sum() == 0 and probe.confusion.sum() == (test_masks != 0).sum()
+    probes = [segmentation_probe((x, masks.where(masks != 255, 0)), (y, test_masks), 3, ignore=no) for no in (-1, 255)]
+    assert torch.equal(*(probe.confusion for probe in probes)) and probes[0].confusion[:, 2].sum()   # no class is -1
 
 
 def test_logits_are_resized_and_not_classes():

@@ -16,15 +16,17 @@ from radio_nb.data.images import open_images
 from radio_nb.evaluation.compare import compare_runs
 from radio_nb.evaluation.scores import Score, load_scores, save_scores
 from radio_nb.front.evaluate import comparison_page, open_recipe
+from radio_nb.front.pictures import loss_curves, plain_curve
 from radio_nb.front.report import (
     loss_warnings,
     match_in_words,
+    monitor_blocks,
     refresh_report,
     skipped_warning,
     words_blocks,
     write_report,
 )
-from radio_nb.front.run_match import load_match, match_rows, match_run
+from radio_nb.front.run_match import compared_students, load_match, match_rows, match_run
 from radio_nb.targets.bad_input import BadInput
 from radio_nb.training.preparation import prepare
 
@@ -250,6 +252,31 @@ def test_tables_show_a_dash_for_what_is_not_known():
     match = {'new images': {'student': {'clip': {'summary_cosine': .5}}, 'constant': {'clip': {'summary_cosine': nan}}}}
     row, = match_rows(match)
     assert row[:2] == ['clip', 'new images'] and torch.tensor(row[2:5]).isnan().all() and row[5] == .5
+
+
+def test_a_run_that_went_on_from_another_is_compared_with_what_it_began_with(mine, ready):
+    recipe, images = open_recipe(mine), torch.rand(2, 3, 64, 64)
+    first = compared_students(recipe, ready, mine)
+    more = compared_students(replace(recipe, init=str(mine)), ready, mine)
+    with torch.no_grad(): grids = [one(images)['u2netp'].spatial for one in (more['untrained'], more['student'],
+                                                                             first['untrained'])]
+    assert torch.equal(*grids[:2]) and not torch.equal(*grids[1:])
+
+
+def test_gradient_norms_stand_under_their_teachers():
+    "Teachers come and go with the stages."
+    lines = [{'step': step, 'seconds': {}, 'gradient_norms': norms} for step, norms in
+             ((1, {'a': 1.}), (2, {'b': 2.}), (3, {'b': 3., 'a': 4.}))]
+    table = monitor_blocks(lines)[-1]
+    rows = [re.findall(r'<t[hd][^>]*>([^<]*)<', row) for row in table.split('<tr>')[1:]]
+    assert rows == [['step', 'a', 'b'], ['1', '1.000', '–'], ['2', '–', '2.000'], ['3', '4.000', '3.000']]
+
+
+def test_a_long_run_has_curves_that_a_browser_can_draw():
+    lines = [{'step': step, 'loss': 1/(1 + step), 'teachers': {'a': {'spatial': 1/(1 + step)}}}
+             for step in range(100_001)]
+    for fig in (loss_curves(lines, 'spatial'), plain_curve(lines, 'loss', 'loss')):
+        for trace in fig.data: assert 1000 < len(trace.x) == len(trace.y) <= 4001 and trace.x[0] == 0
 
 
 def test_a_picture_to_click_on_stands_in_the_report_and_needs_no_network(run):

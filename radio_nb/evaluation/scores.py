@@ -65,12 +65,16 @@ def check_eval_data(
         for name in SUITES[suite]:
             if not getattr(data, name): raise BadInput(f'suite {suite}: say {_requests[name]}')
     if data.limit < 0: raise BadInput(f'--limit is {data.limit}, but must be 0 for all images, or more')
+    if not 0 <= data.ignore <= 255:
+        raise BadInput(f'--ignore is {data.ignore}, but must be a class in the masks, from 0 to 255')
 
 # %% ../../nbs/evaluation/07_scores.ipynb #59358dc1
 def merged(old:list[Score], new:list[Score])->list[Score]:
-    "Scores with others added, which replace those of the same model, measure and images."
-    def key(score): return score.model, score.measure, score.dataset
-    by_key = {key(score): score for score in old} | {key(score): score for score in new}
+    "Scores with others added, in place of those of the same model, measure and images, unless they saw fewer."
+    by_key = {}
+    for score in (*old, *new):
+        key = score.model, score.measure, score.dataset
+        if key not in by_key or score.n == score.total or score.n >= by_key[key].n: by_key[key] = score
     return list(by_key.values())
 
 def load_scores(

@@ -78,7 +78,7 @@ def _mask(row, name):
     if row is None: raise BadInput(f'{name} is missing')
     try:
         with Image.open(BytesIO(row['bytes']) if row['bytes'] is not None else row['path']) as mask: mask.load()
-    except OSError as e: raise BadInput(f'{name} cannot be read ({e})') from e
+    except Exception as e: raise BadInput(f'{name} cannot be read ({e})') from e   # Pillow raises what it likes
     if mask.mode not in ('L', 'P'):
         raise BadInput(f'{name} has the mode {mask.mode}: a mask is an 8-bit picture of class numbers')
     return mask
@@ -198,6 +198,6 @@ def segmentation_probe(
     with torch.inference_mode():
         for grids, masks in zip(*(tensor.split(batch_size) for tensor in test)):
             logits = segment(head, grids.to(device), masks.shape[1:])
-            if ignore < classes: logits[:, ignore] = -torch.inf   # what does not count is no answer either
+            if 0 <= ignore < classes: logits[:, ignore] = -torch.inf   # what does not count is no answer either
             table += confusion(logits.argmax(1).cpu(), masks, classes, ignore)
     return SegmentationProbe(mean_iou(table), iou_by_class(table), table, head)

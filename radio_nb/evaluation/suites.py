@@ -162,7 +162,8 @@ def labelled_suite(
     if 'knn' in suites and not 1 <= data.k <= len(pairs[0][0]):   # known now, and not after an hour
         raise BadInput(f'--k is {data.k}, but must be from 1 to {len(pairs[0][0])}, the number of images to learn from')
     streams, counts = zip(*(labelled_stream(*pair, model.size, workers) for pair in pairs))
-    def encode(images): return model.features(images.to(model.device)).summary.float().cpu()
+    def encode(images):   # a copy: a summary may be a view of all of a batch's tokens, which would stay with it
+        return model.features(images.to(model.device)).summary.to('cpu', torch.float32, copy=True)
     found = extract(encode, streams, counts, stopped, f'summaries of {model.name}')
     if found is None: return []
     sets = *found[0], *found[1]

@@ -366,7 +366,7 @@ def zero_shot_command(
                                       read.workers, lambda: len(signals))
     if out: write_labels(found, out)
     if out and skipped: write_json(out.with_suffix('.skipped.json'), skipped)
-    print_labels(found)
+    if found: print_labels(found)
     print_skipped(skipped)
     if signals: raise Stopped(f'stopped after {len(found)} images' + (f', which are in {out}' if out else ''))
     print(f'\nAll are in {out}.' if out else '\nTo have all of them in a file: the same with --out labels.csv')

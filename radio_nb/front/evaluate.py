@@ -77,7 +77,8 @@ def other_models(
     def load(name, spec):
         if spec in teachers: return run.teachers[teachers[spec]], load_own(run, teachers[spec])
         return spec, load_teacher(spec, name=name, seed=run.recipe.seed).to(run.device)
-    return {teachers.get(spec, name): load(name, spec) for name, spec in names.items() if spec in wanted}
+    def called(name, spec): return teachers.get(spec, spec if name in ('student', 'constant') else name)
+    return {called(name, spec): load(name, spec) for name, spec in names.items() if spec in wanted}
 
 # %% ../../nbs/front/05_evaluate.ipynb #234b5643
 def beside_constant(run:FinishedRun, teachers:dict[str, Teacher])->dict[str, Callable]: # see `teacher_match`
@@ -92,15 +93,14 @@ def match_at(
     sizes:tuple[tuple[int, int], ...], # of the student's images; none for that of its last stage
     stopped:Callable[[], bool],    # asked before every batch
     skipped:dict[str, str],        # gets the images that cannot be read, with the reason
-)->tuple[dict, list[Score]]:       # as `match_rows` wants it, and as scores
-    "The match at each size, and how far `others` agree with the teachers."
+)->Iterator[tuple[dict, list[Score]]]: # as `match_rows` wants it, and as scores
+    "The match at each size, one after the other, and then how far `others` agree with the teachers."
     images, _ = shuffled_subset(open_images(data.images), limit=data.limit)
     compared = beside_constant(run, teachers)
     normalizers = load_normalizers(run.student.config['teachers'], run.out)
     _, only_summaries = learned_from(run.recipe, list(run.teachers))
     def at(size): return teachers_at(size, teachers, run.recipe.flexible, run.recipe.stride)
     def sides(size): return crop_sides(size, [teacher.size for teacher in at(size).values()])
-    match, scores = {}, []
     for size in sizes or (run.size,):
         where = data.describe('images', more=f' at {size[0]} × {size[1]}')
         readable = ReadableImages(images, sides(size), stopped, where)
@@ -108,10 +108,9 @@ def match_at(
         found, new = match_suite(students, at(size), normalizers, readable, run.device,
                                  where if sizes else data.describe('images'), only_summaries)
         skipped.update(readable.skipped)
-        scores += new
-        if found: match[where] = found
+        yield {where: found} if found else {}, new
     readable = ReadableImages(images, sides(run.size), stopped, 'alignment')
-    return match, scores + alignment_suite(others, teachers, readable, run.device, data.describe('images'))
+    yield {}, alignment_suite(others, at(run.size), readable, run.device, data.describe('images'))
 
 # %% ../../nbs/front/05_evaluate.ipynb #e613ff70
 def decoder_scores(
@@ -187,6 +186,10 @@ def evaluate(
         raise BadInput('suite decoders asks no other models: leave out --also and --teachers-too')
     run = open_run(folder)
     load_scores(run.out)   # if they are damaged, now is the time to say so
+    patch = run.student.backbone.patch
+    for height, width in sizes:
+        if height % patch or width % patch:
+            raise BadInput(f'--sizes {height}x{width}: both sides must be a multiple of {patch}')
     student = student_eval_model(run.student, run.size, run.teachers)
     if 'zero-shot' in suites and not student.texts:
         raise BadInput('suite zero-shot: no teacher of this run matches images and texts; '
@@ -202,9 +205,9 @@ def evaluate(
         own = {name: loaded[name] if teachers_too else load_own(run, name) for name in names}
     if 'decoders' in suites: keep(decoder_scores(run, own, data, stopped, found.skipped))
     if 'match' in suites:
-        match, scores = match_at(run, own, loaded, data, sizes, stopped, found.skipped)
-        found.match.update(match)
-        keep(scores)
+        for match, scores in match_at(run, own, loaded, data, sizes, stopped, found.skipped):
+            found.match.update(match)
+            keep(scores)
     models = [student, *(teacher_eval_model(model, spec, name) for name, (spec, model) in others.items())]
     texts, recipe = run.out.parent/'texts', run.recipe
     more = other_suites(suites, data, models, texts, recipe.seed, recipe.workers, stopped, found.skipped)

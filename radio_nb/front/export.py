@@ -360,6 +360,7 @@ def export_student(
     if lacking: raise BadInput(f'--format {format} needs {" and ".join(lacking)}: pip install "radio_nb[{kind.extra}]"')
     if size and not kind.sized: raise BadInput(f'--size is not for {format}, which takes images of any size')
     path = Path(out or Path(folder)/kind.file)
+    if not path.name: raise BadInput(f'--out {path}: give the file or folder a name')
     if path.suffix != Path(kind.file).suffix:
         raise BadInput(f'--out {path}: the name of a file for {format} ends in {Path(kind.file).suffix or "no dot"}')
     if out and not path.parent.is_dir(): raise BadInput(f'--out {path}: make the folder {path.parent} first')

@@ -28,6 +28,7 @@ from ..data.crops import centre_crop, fetch
 from ..data.files import Progress, Stopped, atomic_write, lock
 from ..data.feature_files import WRITERS, FeatureIndex, check_some, join_parts, part_file, part_rows
 from ..data.feature_files import read_index, save_part
+from ..training.recipe import teacher_names, teacher_weights
 from ..training.run_folder import recipe_of
 from ..training.stages import check_recipe
 from ..training.teacher_cache import weights_fingerprint
@@ -181,6 +182,12 @@ def _open_parts(folder, request):
         raise BadInput(f'{asked} is damaged ({reason(e, 100)}): delete {folder} and begin again') from e
     _check_same(there, request, folder)
 
+def _check_learned(model, adaptor):
+    "Raise `BadInput` for a teacher whose grid a run did not learn."
+    recipe = recipe_of(Path(model)) if Path(model).is_dir() else None
+    if recipe and not teacher_weights(recipe, list(teacher_names(recipe.teachers)))[1].get(adaptor, 1):
+        raise BadInput(f'--what grid: the student did not learn the grid of {adaptor}, only its summary')
+
 def _check_request(out, what):
     if out.suffix not in WRITERS: raise BadInput(f'--out {out}: features are written as {", ".join(WRITERS)}')
     if what not in WHAT: raise unknown('kind of features', what, list(WHAT))
@@ -211,6 +218,7 @@ def save_features(
     "Write the features of all images that can be read, or go on with it. Raises `BadInput` and `Stopped`."
     out = Path(out)
     _check_request(out, what)
+    if adaptor and what == 'grid': _check_learned(model, adaptor)
     _at_least(1, batch_size=batch_size)
     _at_least(0, workers=workers)
     source, opened, folder = open_source(model, adaptor, size), _bounded(images), Path(f'{out}.parts')

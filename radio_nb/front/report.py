@@ -12,7 +12,7 @@ __all__ = ['LEARNED', 'GENERALIZES', 'FALLEN', 'SKIPPED', 'OUTCOMES', 'EXPLANATI
 import sys
 from collections.abc import Callable
 from html import escape
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 from statistics import mean
 
@@ -164,10 +164,11 @@ def monitor_blocks(lines:list[dict])->list[str]:
     blocks = ['<h2>Where the time went</h2>', html_table(['phase', 'time', 'share'], rows)]
     watched = [line for line in lines if line.get('gradient_norms')]
     if not watched: return blocks
-    norms = [[line['step'], *line['gradient_norms'].values()] for line in watched]
+    names = list(dict.fromkeys(name for line in watched for name in line['gradient_norms']))   # not all in every stage
+    norms = [[line['step'], *(line['gradient_norms'].get(name, nan) for name in names)] for line in watched]
     return blocks + ['<h2>Gradient norms</h2>',
                      '<p>The norm of the gradient of each teacher\'s loss on the weights of the backbone.</p>',
-                     html_table(['step', *watched[0]['gradient_norms']], norms)]
+                     html_table(['step', *names], norms)]
 
 # %% ../../nbs/front/03_report.ipynb #38f00cf4
 def best_in_words(out:Path)->str: # '' where no best student was kept

@@ -26,7 +26,7 @@ from ..data.streams import StreamedCrops, crop_stream
 from ..data.files import Progress, read_json, write_json
 from ..training.recipe import Recipe, teacher_names, teacher_weights
 from ..training.statistics import load_normalizers, statistics_file
-from ..training.preparation import Prepared, last_normalizers, new_student
+from ..training.preparation import Prepared, last_normalizers, new_student, saved_student
 from ..training.train import TrainingRun
 from ..evaluation.match import Constant, teacher_match
 from ..data.labelled import in_order, labelled_images
@@ -98,9 +98,9 @@ def compared_students(recipe:Recipe, ready:Prepared, out:Path)->dict:
     "The trained student and its two baselines."
     trained = Student.from_pretrained(out).to(ready.device)
     check_teachers(trained, list(teacher_names(recipe.teachers)), out)
-    untrained = new_student(recipe, trained.config['teachers'], trained.config['classes']).to(ready.device).eval()
-    normalizers = last_normalizers(trained.config['teachers'], out)
-    return {'student': trained, 'untrained': fold_heads(untrained, normalizers),
+    untrained = new_student(recipe, trained.config['teachers'], trained.config['classes']).eval()
+    normalizers, before = last_normalizers(trained.config['teachers'], out), saved_student(recipe, untrained)
+    return {'student': trained, 'untrained': (before or fold_heads(untrained, normalizers)).to(ready.device),
             'constant': Constant(statistics_file(out), list(ready.teachers))}
 
 # %% ../../nbs/front/02_run_match.ipynb #519524ac
