@@ -180,6 +180,13 @@ def test_learned_weights_arrive_at_the_optimum_of_their_losses(optimizer):
         assert b == pytest.approx(torch.tensor((loss + (loss*loss + 4*loss)**.5)/2).log().item(), abs=.1), (name, loss)
 
 
+def test_lamb_takes_the_moments_of_a_backbone_that_begins_later_for_young():
+    "timm's counts steps by group, in which heads and backbone are together; and it would clip a second time."
+    trainer = new_trainer(optimizer='lamb', heads_only=3)
+    for step in range(4): trainer(batch(step))
+    assert all(group['step'] == 1 and group['max_grad_norm'] is None for group in trainer.state.optimizer.param_groups)
+
+
 def test_learned_weights_have_their_own_rate_and_no_decay():
     trainer = new_trainer(balance='uncertainty', balance_lr=.05, lr=1e-3, weight_decay=.5)
     trainer(batch(0))

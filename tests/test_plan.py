@@ -29,6 +29,7 @@ from radio_nb.training.plan import (
     plan_recipe,
     too_large,
 )
+from radio_nb.training.preparation import best_device
 from radio_nb.training.recipe import RECIPES, Partition, Recipe, Stage, read_recipe, teacher_names
 from radio_nb.training.stages import check_recipe
 from radio_nb.training.statistics import Source, crop_sides
@@ -260,3 +261,9 @@ def test_the_command_refuses(refused):
         assert 'packaged: am-radio-h' in refused(command, '--recipe', 'am-radio-x')
         assert 'demo and --recipe are two recipes' in refused(command, 'demo', '--recipe', 'am-radio-h')
         assert 'no such recipe: am-radio-x.toml' in refused(command, '--recipe', 'am-radio-x.toml')
+
+
+def test_teachers_on_the_students_own_device_count_whatever_it_is_called():
+    "On a machine without a GPU, `auto` is `cpu`."
+    plans = [plan_recipe(small(device='auto', teacher_device=device)) for device in ('', best_device('auto').type)]
+    assert plans[0].memory.teachers == plans[1].memory.teachers > 0

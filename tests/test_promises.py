@@ -301,7 +301,7 @@ def test_too_little_memory_is_said_in_one_line(monkeypatch, capsys, tmp_path):
 def test_the_last_lines_name_the_next_step(recipe, capsys):
     cli.main(flags(recipe))
     assert f'radio-nb evaluate {recipe.out} --images FOLDER' in capsys.readouterr().out.splitlines()[-1]
-    cli.main([*flags(recipe, out=recipe.out + '-quiet'), '--quiet'])
+    cli.main([*flags(recipe, out=recipe.out + '-quiet', views=2, cache=recipe.out + '-cache'), '--quiet'])
     quiet = capsys.readouterr()
     assert not quiet.out and ' left ' not in quiet.err
     cli.main(flags(recipe, out=recipe.out + '-again'))

@@ -75,3 +75,9 @@ def test_what_cannot_be_is_refused(recipe):
     for field, value in {'damp': .1, 'shard': True}.items():
         with pytest.raises(BadInput, match=f'spectral: .* leave out --{field}'):
             check_recipe(replace(recipe, ema=0., **{field: value}))
+
+
+def test_half_precision_does_not_reach_the_largest_singular_value():
+    weight = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    scale = SpectralScale(weight)
+    with torch.autocast('cpu', torch.bfloat16): assert torch.equal(scale.sigma(weight), scale.gamma)

@@ -353,6 +353,7 @@ def test_positions_of_double_precision_keep_it():
     backbone = small().double().eval().backbone
     with torch.inference_mode(): positions = backbone.positions(1, 5, 7)
     assert positions.dtype == torch.float64 and (positions - positions.float()).abs().max() > 0
+    assert backbone.train().positions(2, 5, 7).dtype == torch.float64
 
 
 @pytest.mark.parametrize('name, options', [*COMPILED, ('convnext_atto', {})])

@@ -6,6 +6,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
@@ -13,7 +14,7 @@ from torch.testing import assert_close
 from radio_nb.models.backbones import find_network
 from radio_nb.models.feature_extraction import hf_grid
 from radio_nb.models.specs import parse_spec
-from radio_nb.models.teachers import Teacher, _clip_normalization, load_teacher, own_seed
+from radio_nb.models.teachers import Teacher, _clip_normalization, classifier_of, load_teacher, own_seed
 from radio_nb.targets.bad_input import BadInput
 from radio_nb.targets.features import Features
 
@@ -406,3 +407,41 @@ def test_a_folder_of_transformers_that_is_damaged(hf_folder):
     (folder/'model.safetensors').write_bytes(b'no weights')
     with pytest.raises(BadInput, match='cannot be loaded') as refused: load_teacher(f'hf:vit@{folder}')
     assert '\n' not in str(refused.value)
+
+
+def test_weights_of_timm_that_want_quickgelu_are_refused_under_the_other_name(state, tmp_path):
+    save_file(state, tmp_path/'file.safetensors')
+    for weights in ('', f'@{tmp_path}/file.safetensors'):
+        with pytest.raises(BadInput, match='name it vit_huge_patch14_clip_quickgelu_378.dfn5b'):
+            load_teacher(f'timm:vit_huge_patch14_clip_378.dfn5b{weights}')
+
+
+def test_positions_of_a_flexivit_from_a_file_are_resized_as_timm_does(tmp_path):
+    model = timm.create_model('flexivit_small', num_classes=0)
+    save_file(model.state_dict(), tmp_path/'flexi.safetensors')
+    own = load_teacher(f'timm:flexivit_small@{tmp_path}/flexi.safetensors#144').model.pos_embed
+    side = round(model.pos_embed.shape[1]**.5)
+    grid = model.pos_embed.detach().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    want = F.interpolate(grid, (9, 9), mode='bilinear', antialias=False).permute(0, 2, 3, 1)
+    assert_close(own, want.reshape(own.shape))
+
+
+def test_a_network_of_features_is_frozen_and_in_evaluation_mode():
+    wrapper = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout())
+    Teacher('a', nn.Identity(), wrapper, 32)
+    assert not any(part.training for part in wrapper.modules())
+    assert not any(parameter.requires_grad for parameter in wrapper.parameters())
+
+
+def test_what_no_file_of_a_trunk_holds_is_made(tmp_path):
+    trunk = timm.create_model('efficientvit_m0', features_only=True)
+    save_file(trunk.state_dict(), tmp_path/'trunk.safetensors')
+    spec = f'timm:efficientvit_m0@{tmp_path}/trunk.safetensors#224'
+    own, images = load_teacher(spec), torch.rand(1, 3, 224, 224)
+    with torch.no_grad(): want = trunk.eval()((images - own.mean)/own.std)[-1].movedim(1, -1)
+    assert_close(own(images).spatial, want)
+
+
+def test_half_of_the_logits_is_no_classifier():
+    with pytest.raises(BadInput, match='names no classes by a linear layer'):
+        classifier_of('timm:volo_d1_224@random')

@@ -29,7 +29,8 @@ class SpectralScale(nn.Module):
 
     def sigma(self, weight:Tensor)->Tensor: # a scalar
         "The largest singular value, as far as it is known. An average of such vectors (`ema`) is not of length 1."
-        return F.normalize(self.u, dim=0) @ weight @ F.normalize(self.v, dim=0)
+        with torch.autocast(weight.device.type, enabled=False):   # of 8 bits the saved weights would be others
+            return F.normalize(self.u, dim=0) @ weight @ F.normalize(self.v, dim=0)
 
     @torch.no_grad()
     def iterate(self, weight:Tensor):

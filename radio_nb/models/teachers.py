@@ -50,6 +50,7 @@ class Teacher(nn.Module):
         source:str='',                           # what it is apart from its weights, for a cache; the class by default
     ):
         super().__init__()
+        if isinstance(features, nn.Module): features.eval().requires_grad_(False)
         self.name, self.features, self.size, self.summary_kind = name, features, size, summary_kind
         self.source = source or type(model).__name__
         self.precision = torch.float32   # of its products, and of what it gives
@@ -133,6 +134,14 @@ def _check_numbers(weights, path):
     if not any(tensor.any() for tensor in floats.values()):
         raise BadInput(f'all weights in {path} are zero: fetch it again')
 
+def _resizing(model):
+    "How timm resizes a network's positions where it is not its usual way (its `_create_vision_transformer`)."
+    name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture', '')
+    plain = {'interpolation': 'bilinear', 'antialias': False}
+    if name.startswith('flexivit_'): return plain
+    if not (name.startswith('vit_') and 'radio' in name): return {}
+    return plain | {'align_corners': any(own in name for own in ('base_patch16_radio_v3', 'huge_patch16_radio_v3'))}
+
 def load_strict(
     model:nn.Module,          # a network
     weights:dict[str, Tensor],
@@ -141,7 +150,7 @@ def load_strict(
     "Load weights that must fit, all but a classifier. Raises `BadInput` that names keys and shapes."
     translate = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
     if translate is not None:
-        try: weights = translate(weights, model)
+        try: weights = translate(weights, model, **_resizing(model))
         except Exception as e:   # of a file of another network anything
             raise BadInput(f'the weights in {path} do not fit {type(model).__name__} ({reason(e)})') from e
     misfit = _misfit(model, weights)
@@ -193,12 +202,21 @@ def _check_timm_name(name):
     try: timm.get_pretrained_cfg(name)
     except RuntimeError as e: raise unknown('timm model', name, timm.list_pretrained(f'{architecture}.*')) from e
 
+def _check_activation(spec):
+    "Raise `BadInput` for weights that timm would run with another activation than that of their training."
+    cfg = timm.get_pretrained_cfg(spec.name)
+    told = cfg is not None and any('QuickGELU' in note for note in cfg.notes or ())   # of both architectures
+    if told and spec.weights != 'random' and '_quickgelu_' not in spec.name:
+        raise BadInput(f'{spec.name} was trained with QuickGELU, and timm gives it GELU: '
+                       f'name it {spec.name.replace("_clip_", "_clip_quickgelu_")}')
+
 def timm_model(
     spec:Spec,  # with source 'timm'
     **kwargs,   # passed on to timm
 )->nn.Module:
     "A timm network without classifier, its weights from the hub, from a file or random."
     _check_timm_name(spec.name)
+    _check_activation(spec)
     if not spec.weights:
         def create(): return timm.create_model(spec.name, pretrained=True, num_classes=0, **kwargs)
         return _from_hub(f'timm:{spec.name}', create)
@@ -253,7 +271,10 @@ def _trunk(spec, weights):
         for stage in range(len(timm.create_model(spec.name, features_only=True).feature_info)):
             model = timm.create_model(spec.name, features_only=True, out_indices=(stage,))
             if layers <= {key.rpartition('.')[0] for key in model.state_dict()}: break
-    model = load_strict(model.to_empty(device='cpu'), weights, spec.weights)
+    model = model.to_empty(device='cpu')
+    for module in model.modules():   # what no file holds, and `to_empty` leaves to chance
+        if hasattr(module, 'init_non_persistent_buffers'): module.init_non_persistent_buffers()
+    model = load_strict(model, weights, spec.weights)
     def features(x):
         spatial = model(x)[-1].movedim(1, -1)
         return Features(spatial.mean((1, 2)), spatial)
@@ -443,7 +464,7 @@ def _classifier_in(spec):
     "The classifier that a file of weights for a timm network holds, or None."
     with torch.device('meta'): name = timm.create_model(spec.name).default_cfg.get('classifier')
     weights = read_weights(spec.weights)
-    if not isinstance(name, str) or f'{name}.weight' not in weights: return None
+    if not isinstance(name, str) or f'{name}.weight' not in weights or 'aux_head.weight' in weights: return None
     weight, bias = weights[f'{name}.weight'], weights.get(f'{name}.bias')
     if weight.ndim != 2: return None
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
@@ -451,7 +472,8 @@ def _classifier_in(spec):
     return layer
 
 def _classifier(spec):
-    def own(network): return getattr(network, 'get_classifier', lambda: None)()   # not every network has one
+    def own(network):   # not every network has one, and the logits of a VOLO are half those of another head
+        if getattr(network, 'aux_head', None) is None: return getattr(network, 'get_classifier', lambda: None)()
     if spec.source == 'zoo': return own(zoo_model(spec.name).load())
     if spec.source != 'timm': return None
     if spec.weights not in ('', 'random'): return _classifier_in(spec)

@@ -54,7 +54,8 @@ class CroppedPositions(nn.Module):
         axes = [(torch.arange(k, device=self.table.device) + .5)/k for k in (w, h)]
         unit = torch.stack(torch.meshgrid(*axes, indexing='xy'), -1)
         points = corners[:, None, None] + sizes[:, None, None]*unit
-        return F.grid_sample(table.expand(n, -1, -1, -1), 2*points - 1, align_corners=False, padding_mode='border')
+        points = (2*points - 1).to(table.dtype)
+        return F.grid_sample(table.expand(n, -1, -1, -1), points, align_corners=False, padding_mode='border')
 
 # %% ../../nbs/models/07_tokens.ipynb #6891c900
 def into_windows(

@@ -26,6 +26,7 @@ from ..targets.bad_input import BadInput, unknown
 from ..targets.features import Features, height_width
 from ..data.images import footers, hold_out, open_images, parquet_files, split_column
 from ..data.streams import crop_stream
+from ..agglomeration.sharp import sharp_teachers
 from .recipe import Recipe, check_names, teacher_names, teacher_precisions
 from .stages import StagePlan, check_recipe
 from .distributed import new_accelerator
@@ -95,7 +96,7 @@ def bytes_of(network:nn.Module)->int:
 def count_memory(recipe:Recipe, processes:int, networks:Networks, costs:list[PartCost])->Memory: # costs: of all parts
     "What one process holds on the student's device."
     teachers, normalizers, step = networks
-    elsewhere = recipe.teacher_device not in ('', recipe.device)
+    elsewhere = bool(recipe.teacher_device) and best_device(recipe.teacher_device) != best_device(recipe.device)
     learned = sum(p.nbytes for p in step.parameters() if p.requires_grad)
     shards = processes if recipe.shard else 1
     buckets = 2 if processes > 1 and not recipe.shard else 1
@@ -312,10 +313,12 @@ def measured_trainer(
 )->tuple[Trainer, Iterator]: # and its batches
     "A trainer at the first step of a stage, with untrained networks and real images. Raises `BadInput`."
     if not recipe.images: raise BadInput('calibrate: real steps need images: add --images FOLDER')
+    recipe = replace(recipe, heads_only=0)   # a whole step is what is counted
     stage, device = check_recipe(recipe)[stage], best_device(recipe.device)
     home = best_device(recipe.teacher_device) if recipe.teacher_device else device
     images, _ = hold_out(open_images(recipe.images), recipe.hold_out, recipe.seed)
     teachers = {name: teacher.to(home) for name, teacher in untrained_teachers(recipe).items()}
+    teachers = sharp_teachers(teachers, recipe.sharp)
     widths = {name: teacher.widths() for name, teacher in teachers.items()}
     trainer = Trainer(untrained_step(recipe, widths), recipe, device, new_accelerator(device))
     asked = training_teachers(recipe, teachers)
@@ -324,8 +327,8 @@ def measured_trainer(
         def at_hand(source):
             noise = {name: _Noise(teacher) for name, teacher in source.teachers.items()}
             return source._replace(cached=noise, others=tuple(map(at_hand, source.others)))
-        sources = [at_hand(source)._replace(crops=crop_stream(images, source.part.size, recipe.seed, recipe.views))
-                   for source in sources]
+        def cut(source): return crop_stream(images, source.part.size, recipe.seed, recipe.views, recipe.draft)
+        sources = [at_hand(source)._replace(crops=cut(source)) for source in sources]
     normalizers = {name: blank_normalizer(recipe.method, width) for name, (_, width) in widths.items()}
     trainer.start_stage(stage, sources, normalizers)
     trainer.step = stage.first

@@ -156,9 +156,13 @@ def new_student(
     widths:dict[str, tuple[int, int]], # of every teacher's summary and grid
     classes:dict[str, int]|None=None,  # how many a teacher names, where the student is to name them as it does
 )->Student:
-    "The student of a recipe before its first step; always the same for the same recipe. Seeds torch's generators."
+    """The student of a recipe before its first step; always the same for the same recipe. Seeds torch's generators.
+    Raises `BadInput` for a teacher without the summary that is to be learned."""
     torch.manual_seed(recipe.seed)
     summary_weights, _ = teacher_weights(recipe, list(widths))
+    for name, (summary, _) in widths.items():
+        if summary_weights[name] and not summary:
+            raise BadInput(f'summary_weights: teacher {name} gives no summary: give it 0')
     widths = {name: (summary if summary_weights[name] else 0, spatial) for name, (summary, spatial) in widths.items()}
     student = Student(recipe.student, widths, recipe.stem, recipe.head_width, depth=recipe.depth,
                       head_blocks=recipe.head_blocks, windows=recipe.windows, stride=recipe.stride,

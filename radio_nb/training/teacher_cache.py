@@ -210,7 +210,7 @@ def check_room(
 ):
     "Print what a cache will need. Raises `BadInput` where the disk has less."
     free = shutil.disk_usage(folder).free
-    print(f'cache: {rows} crops for {", ".join(names)} take {size/1e6:,.0f} MB in {folder}')
+    if not Progress.hidden: print(f'cache: {rows} crops for {", ".join(names)} take {size/1e6:,.0f} MB in {folder}')
     if size > free: raise BadInput(f'{folder} has room for {free/1e6:,.0f} MB: take fewer views, or another --cache')
 
 # %% ../../nbs/training/04_teacher_cache.ipynb #c22793db

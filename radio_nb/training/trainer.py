@@ -268,9 +268,10 @@ class TrainState:
             model = timm.optim.param_groups_weight_decay(step.student, recipe.weight_decay, spared)
             model.append({'params': learned, 'weight_decay': 0., 'lr_scale': scale, 'betas': BETAS})
             if step.listening: model += timm.optim.param_groups_weight_decay(step.listening, recipe.weight_decay)
-        fused = {'fused': True} if recipe.optimizer == 'adamw' else {}   # timm's others are not
+        more = {'fused': True} if recipe.optimizer == 'adamw' else {}   # timm's others are not
+        if recipe.optimizer == 'lamb': more['max_grad_norm'] = None   # by default it would clip a second time
         settings = recipe.optimizer, recipe.lr, recipe.weight_decay
-        self.optimizer = timm.optim.create_optimizer_v2(model, *settings, **fused)
+        self.optimizer = timm.optim.create_optimizer_v2(model, *settings, **more)
 
     def students(self)->list[Student]:
         "The student, and its average where there is one."
@@ -296,7 +297,7 @@ class TrainState:
         return norm
 
     def state_dict(self)->dict:
-        "Everything whole, on every process. Modules of CIFD are frozen, and left out."
+        "Everything whole; of shards, on the first process alone. Modules of CIFD are frozen, and left out."
         weights, optimizer = full_state_dict(self.distill_step, self.optimizer)
         weights = {key: tensor for key, tensor in weights.items() if not key.startswith('cifd.')}
         state = {'weights': weights, 'optimizer': optimizer}
@@ -410,6 +411,9 @@ class Trainer:
         losses = {name: loss for name, loss in self.last_losses.items() if name in self.names}
         active = teacher_dropout(losses, list(self.normalizers), recipe.teacher_dropout, seed)
         self.student.heads_only = self.step < recipe.heads_only
+        if recipe.optimizer == 'lamb' and 0 < recipe.heads_only == self.step:
+            self.state.new_optimizer()   # which counts steps for heads and backbone alike: without this the latter's
+                                         # moments, which begin here, would be taken for old ones
         micros = microbatches(self.sources, batches, recipe.accumulate, seed, accelerator)
         first_averages(self, micros)
         self.state.model.train()
