@@ -29,7 +29,6 @@ from radio_nb.training.plan import (
     plan_recipe,
     too_large,
 )
-from radio_nb.training.preparation import best_device
 from radio_nb.training.recipe import RECIPES, Partition, Recipe, Stage, read_recipe, teacher_names
 from radio_nb.training.stages import check_recipe
 from radio_nb.training.statistics import Source, crop_sides
@@ -264,6 +263,6 @@ def test_the_command_refuses(refused):
 
 
 def test_teachers_on_the_students_own_device_count_whatever_it_is_called():
-    "On a machine without a GPU, `auto` is `cpu`."
-    plans = [plan_recipe(small(device='auto', teacher_device=device)) for device in ('', best_device('auto').type)]
-    assert plans[0].memory.teachers == plans[1].memory.teachers > 0
+    plans = [plan_recipe(small(device=device, teacher_device=teachers)) for device, teachers in
+             (('auto', ''), ('auto', 'cuda'), ('cuda:0', 'cuda'), ('cuda', 'auto'))]
+    assert plans[0].memory.teachers > 0 and all(plan.memory == plans[0].memory for plan in plans)

@@ -29,8 +29,8 @@ class SpectralScale(nn.Module):
 
     def sigma(self, weight:Tensor)->Tensor: # a scalar
         "The largest singular value, as far as it is known. An average of such vectors (`ema`) is not of length 1."
-        with torch.autocast(weight.device.type, enabled=False):   # of 8 bits the saved weights would be others
-            return F.normalize(self.u, dim=0) @ weight @ F.normalize(self.v, dim=0)
+        u, v = F.normalize(self.u, dim=0), F.normalize(self.v, dim=0)
+        return (u[:, None]*v*weight).sum()   # as a product of matrices it would have the 8 bits of bfloat16 training
 
     @torch.no_grad()
     def iterate(self, weight:Tensor):

@@ -96,7 +96,8 @@ def bytes_of(network:nn.Module)->int:
 def count_memory(recipe:Recipe, processes:int, networks:Networks, costs:list[PartCost])->Memory: # costs: of all parts
     "What one process holds on the student's device."
     teachers, normalizers, step = networks
-    elsewhere = bool(recipe.teacher_device) and best_device(recipe.teacher_device) != best_device(recipe.device)
+    def place(name): return 'cuda:0' if name in ('auto', 'cuda') else name   # on the machine that is planned for
+    elsewhere = bool(recipe.teacher_device) and place(recipe.teacher_device) != place(recipe.device)
     learned = sum(p.nbytes for p in step.parameters() if p.requires_grad)
     shards = processes if recipe.shard else 1
     buckets = 2 if processes > 1 and not recipe.shard else 1
