@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['check_width', 'normalize_targets', 'with_student', 'student_voices', 'Frozen', 'grid_from', 'DistillStep',
            'Microbatch', 'microbatches', 'log_terms', 'reduce_terms', 'teacher_terms', 'retarget', 'clip',
-           'skip_broken', 'TrainState', 'draw_window', 'average_grid', 'microbatch_loss', 'first_averages', 'progress',
-           'step_seed', 'after_step', 'Trainer', 'teacher_gradient_norms']
+           'skip_broken', 'TrainState', 'draw_window', 'average_grid', 'microbatch_loss', 'choose_what_learns',
+           'first_averages', 'progress', 'step_seed', 'after_step', 'Trainer', 'teacher_gradient_norms']
 
 # %% ../../nbs/training/07_trainer.ipynb #ed4a9115
 from typing import NamedTuple
@@ -352,6 +352,13 @@ def microbatch_loss(
     step = trainer.distill_step
     return loss, log_terms(part, loss, losses, {'bits': step.bits(), 'mesa': step.apart}, trainer.recipe.accumulate)
 
+def choose_what_learns(trainer):
+    """Heads alone, or the backbone with them. Where it joins them LAMB begins anew: it counts steps for both together,
+    and would take the backbone's moments, which begin there, for old ones."""
+    recipe = trainer.recipe
+    trainer.student.heads_only = trainer.step < recipe.heads_only
+    if recipe.optimizer == 'lamb' and 0 < recipe.heads_only == trainer.step: trainer.state.new_optimizer()
+
 @torch.no_grad()
 def first_averages(trainer, micros:list[Microbatch]): # micros: all of a step that is to come
     "Where AdaLoss has no average of a teacher yet, let it divide by the losses that this step is about to have."
@@ -410,10 +417,7 @@ class Trainer:
         seed = step_seed(self)
         losses = {name: loss for name, loss in self.last_losses.items() if name in self.names}
         active = teacher_dropout(losses, list(self.normalizers), recipe.teacher_dropout, seed)
-        self.student.heads_only = self.step < recipe.heads_only
-        if recipe.optimizer == 'lamb' and 0 < recipe.heads_only == self.step:
-            self.state.new_optimizer()   # which counts steps for heads and backbone alike: without this the latter's
-                                         # moments, which begin here, would be taken for old ones
+        choose_what_learns(self)
         micros = microbatches(self.sources, batches, recipe.accumulate, seed, accelerator)
         first_averages(self, micros)
         self.state.model.train()
