@@ -25,6 +25,7 @@ from ..data.crops import Crops, centre_crop, image_batches, resize
 from ..data.streams import StreamedCrops, crop_stream
 from ..data.files import Progress, read_json, write_json
 from ..training.recipe import Recipe, teacher_names, teacher_weights
+from ..training.run_folder import finished
 from ..training.statistics import load_normalizers, statistics_file
 from ..training.preparation import Prepared, last_normalizers, new_student, saved_student
 from ..training.train import TrainingRun
@@ -99,7 +100,8 @@ def compared_students(recipe:Recipe, ready:Prepared, out:Path)->dict:
     trained = Student.from_pretrained(out).to(ready.device)
     check_teachers(trained, list(teacher_names(recipe.teachers)), out)
     untrained = new_student(recipe, trained.config['teachers'], trained.config['classes']).eval()
-    normalizers, before = last_normalizers(trained.config['teachers'], out), saved_student(recipe, untrained)
+    normalizers = last_normalizers(trained.config['teachers'], out)
+    before = saved_student(recipe, untrained) if finished(recipe.init) else None
     return {'student': trained, 'untrained': (before or fold_heads(untrained, normalizers)).to(ready.device),
             'constant': Constant(statistics_file(out), list(ready.teachers))}
 
