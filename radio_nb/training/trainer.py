@@ -413,8 +413,7 @@ class Trainer:
 
     def __call__(self, *batches:Batch)->StepLog: # one from each source, this process's images
         "Learn from one batch; gives its line for the log, and waits for nothing."
-        recipe, accelerator, terms = self.recipe, self.accelerator, []
-        seed = step_seed(self)
+        recipe, accelerator, terms, seed = self.recipe, self.accelerator, [], step_seed(self)
         losses = {name: loss for name, loss in self.last_losses.items() if name in self.names}
         active = teacher_dropout(losses, list(self.normalizers), recipe.teacher_dropout, seed)
         choose_what_learns(self)
