@@ -36,6 +36,12 @@ def small(name='vit_tiny_patch16_224', bottleneck=False, **options):
     return student
 
 
+def test_a_transformer_that_averages_ends_in_its_normalization_too():
+    grid = new_backbone('vit_wee_patch16_reg1_gap_256', 1, depth=1).eval()(torch.rand(1, 3, 32, 32)).spatial
+    assert_close(grid.mean(-1), torch.zeros(1, 2, 2), atol=1e-5, rtol=0)
+    assert_close(grid.var(-1, correction=0), torch.ones(1, 2, 2), atol=1e-3, rtol=0)
+
+
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
 def test_windows_are_the_tiles_of_the_grid_and_the_order_is_undone(rows, columns, side):

@@ -245,6 +245,18 @@ def test_weights_of_a_clip_whose_activation_depends_on_its_tag():
         load_teacher('open_clip:ViT-B-32@my.pt')
 
 
+def test_a_clip_from_a_file_sees_another_size_as_open_clip_has_it(tmp_path):
+    import open_clip
+    with own_seed('clip'): made = open_clip.create_model('ViT-S-32-alt')
+    save_file(made.state_dict(), path := tmp_path/'clip.safetensors', {'mean': '.5,.5,.5', 'std': '.5,.5,.5'})
+    expected = open_clip.create_model('ViT-S-32-alt', pretrained=str(path), force_image_size=160).visual
+    found = load_teacher(f'open_clip:ViT-S-32-alt@{path}#160').model
+    assert_close(found.positional_embedding, expected.positional_embedding)
+    save_file(made.state_dict() | {'visual.positional_embedding': torch.zeros(52, 384)}, path)
+    with pytest.raises(BadInput, match=r'do not fit CLIP: 1 of another shape: visual.positional_embedding \(52, 384\)'):
+        load_teacher(f'open_clip:ViT-S-32-alt@{path}#160')
+
+
 def test_weights_that_timm_stumbles_over_are_refused(tmp_path):
     save_file({'layers.2.blocks.6.attn.relative_position_index': torch.zeros(1)}, path := tmp_path/'swin.safetensors')
     with pytest.raises(BadInput, match='do not fit SwinTransformer'):

@@ -219,7 +219,8 @@ class Transformer(Windowed):
         self.architecture, self.stem = network.architecture, stem.architecture if stem else ''
         self.embed = Stem(stem, self.dim, stride) if stem else vit.patch_embed.proj
         self.prefix, self.positions = _prefix(vit, n_class, network.trained), _positions(vit)
-        self.drop, self.norm_pre, self.blocks, self.norm = drop, vit.norm_pre, vit.blocks, vit.norm
+        self.drop, self.norm_pre, self.blocks = drop, vit.norm_pre, vit.blocks
+        self.norm = vit.fc_norm if isinstance(vit.norm, nn.Identity) else vit.norm   # behind timm's average
         if depth > len(self.blocks):
             raise BadInput(f'depth: {network.architecture} has {len(self.blocks)} blocks, not {depth}')
         if depth: self.blocks = self.blocks[:depth]

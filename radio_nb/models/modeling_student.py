@@ -98,7 +98,8 @@ class Transformer(nn.Module):
         self.embed = Stem(config.stem, dim, patch) if config.stem else vit.patch_embed.proj
         self.prefix = nn.Parameter(torch.zeros(1, config.summaries + config.registers, dim))
         self.positions, self.summaries = Positions(dim, config.position_side), config.summaries
-        self.norm_pre, self.blocks, self.norm = vit.norm_pre, vit.blocks[:config.depth], vit.norm
+        self.norm_pre, self.blocks = vit.norm_pre, vit.blocks[:config.depth]
+        self.norm = vit.fc_norm if isinstance(vit.norm, nn.Identity) else vit.norm   # behind timm's average
 
     def forward(self, x)->tuple[Tensor, Tensor]:
         grid = self.embed(x)

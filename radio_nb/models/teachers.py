@@ -10,7 +10,7 @@ __all__ = ['computing_in', 'Teacher', 'read_weights', 'load_strict', 'timm_model
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from copy import copy
 from fractions import Fraction
 from math import isfinite
@@ -330,7 +330,15 @@ def open_clip_model(
     if not spec.weights: return _from_hub(name, lambda: open_clip.create_model(arch, pretrained=tag, **kwargs))
     device = torch.get_default_device()   # open_clip would leave a `with torch.device('meta')`
     model = open_clip.create_model(arch, device=device, **kwargs)
-    return model if spec.weights == 'random' else load_strict(model, read_weights(spec.weights), spec.weights)
+    if spec.weights == 'random': return model
+    weights = read_weights(spec.weights)
+    if spec.size: _resize_positions(weights, model)
+    return load_strict(model, weights, spec.weights)
+
+def _resize_positions(weights, model):
+    "As open_clip does with what comes from its hub; what does not fit either way is named by `load_strict`."
+    from open_clip.model import resize_pos_embed
+    with suppress(RuntimeError): resize_pos_embed(weights, model)
 
 def _activation(spec, tags):
     "The option for weights that were trained with QuickGELU in an architecture that has GELU; open_clip merely warns."
