@@ -29,7 +29,7 @@ from radio_nb.training.plan import (
     plan_recipe,
     too_large,
 )
-from radio_nb.training.recipe import RECIPES, Partition, Recipe, Stage, read_recipe, teacher_names
+from radio_nb.training.recipe import RECIPES, Listen, Partition, Recipe, Stage, read_recipe, teacher_names
 from radio_nb.training.stages import check_recipe
 from radio_nb.training.statistics import Source, crop_sides
 from radio_nb.training.train import run_recipe
@@ -183,6 +183,17 @@ def test_what_is_proposed_fits():
     assert not too_large(plan_recipe(small(batch_size=16, accumulate=4)), tight)
     assert 'a smaller student' in too_large(plan, tight._replace(memory=1e-3))
     assert not too_large(plan, tight._replace(memory=0.)) and not too_large(plan, tight._replace(memory=9.))
+
+
+@pytest.mark.parametrize('processes, fields', [
+    (1, {'mosaic': ('u2netp',)}), (1, {'teachers': (TINY,), 'listen': (Listen('infonce'),)}), (2, {}),
+    (2, {'hold_out': 4, 'evaluate_every': 2}), (2, {'spectral': True}), (2, {'damp': .1}), (2, {'ema': .9})])
+def test_what_would_make_room_is_what_distill_takes(processes, fields):
+    plan = plan_recipe(small(**{'teachers': (U2,), 'batch_size': 16} | fields), processes)
+    for share in (.25, .5, .75, .95):
+        cure = too_large(plan, Device('tight', 1, 1, memory=share*sum(plan.memory)/1e9))
+        pieces = re.search(r'--accumulate (\d+)', cure)
+        check_recipe(replace(plan.recipe, shard='--shard' in cure, accumulate=int(pieces[1]) if pieces else 1))
 
 
 def test_nothing_is_fetched(monkeypatch):

@@ -182,12 +182,19 @@ def energy(plan:Plan, device:Device)->float: # 0 where watts are not known
     return device.watts*device.seconds(plan.total())/3.6e6
 
 # %% ../../nbs/training/11_plan.ipynb #a1000043
+def _may(recipe, **changes):
+    "Whether a recipe is one that `distill` takes when fields of it are changed."
+    try: check_recipe(replace(recipe, **changes))
+    except BadInput: return False
+    return True
+
 def _microbatches(plan, room):
     "The smallest number of microbatches at which activations fit into some bytes, roughly; 0 where none does."
     now, memory = plan.recipe.accumulate, plan.memory.activations
     counts = [cost.images//plan.processes for _, costs in plan.stages for cost in costs]
     fitting = (n for n in range(now, min(counts) + 1)
-               if not any(count % n for count in counts) and memory*now/n <= room)
+               if not any(count % n for count in counts) and memory*now/n <= room
+               and (n == now or _may(plan.recipe, accumulate=n)))
     return next(fitting, 0)
 
 def too_large(plan:Plan, device:Device)->str: # '' where all fits, or where nobody knows
@@ -196,8 +203,7 @@ def too_large(plan:Plan, device:Device)->str: # '' where all fits, or where nobo
     if not room or sum(memory) <= room: return ''
     fixed = sum(memory) - memory.activations
     cures = {'': fixed}   # flags, and the bytes that no microbatch makes fewer
-    later = any(stage.measured for stage, _ in plan.stages[1:])
-    if plan.processes > 1 and not (recipe.shard or recipe.ema or later):
+    if plan.processes > 1 and not recipe.shard and _may(recipe, shard=True):
         learning = memory.student + memory.gradients//2 + memory.optimizer
         cures['--shard '] = memory.teachers + learning/plan.processes
     if memory.teachers: cures['--teacher-device cuda:1 '] = fixed - memory.teachers
