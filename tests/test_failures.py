@@ -19,7 +19,7 @@ from radio_nb.models.student import Student
 from radio_nb.targets.bad_input import BadInput
 from radio_nb.training.recipe import Recipe
 from radio_nb.training.run_folder import load_checkpoint
-from radio_nb.training.train import run_recipe
+from radio_nb.training.train import Callbacks, run_recipe
 
 
 def recipe_at(home, **fields):
@@ -51,6 +51,22 @@ def test_images_that_go_while_a_run_is_on_are_named(tmp_path):
     assert set(skipped) == {'03.png', '05.png'}
     assert 'No such file' in skipped['03.png'] and 'truncated' in skipped['05.png']
     assert load_checkpoint(out/'checkpoints')['step'] == 12
+
+
+def test_a_disk_that_is_full_when_the_log_is_written(tmp_path):
+    small_images(tmp_path/'images', 8)
+    whole, recipe = recipe_at(tmp_path, steps=4, out=str(tmp_path/'whole')), recipe_at(tmp_path, steps=4, log_every=1)
+    log = Path(recipe.out)/'metrics.jsonl'
+    def fill_up(run):
+        if run.step == 3:
+            log.unlink()
+            log.symlink_to('/dev/full')
+    with pytest.raises(BadInput, match=r'metrics.jsonl could not be written \(No space left on device\)'):
+        run_recipe(recipe, callbacks=Callbacks(fill_up))
+    log.unlink()
+    for one, again in ((whole, False), (recipe, True)): run_recipe(one, again)
+    one, two = (Path(one.out, 'student.safetensors').read_bytes() for one in (whole, recipe))
+    assert one == two
 
 
 def test_a_run_whose_images_all_go_ends_in_one_line_and_goes_on_when_they_are_back(tmp_path):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['checkpoints', 'save_checkpoint', 'load_checkpoint', 'CheckpointWriter', 'finished', 'begun', 'recipe_of',
            'open_recipe', 'check_folder', 'folder_lock', 'check_inputs', 'forget_statistics', 'read_metrics',
-           'metrics_file', 'where_it_stands']
+           'trim_metrics', 'add_metrics', 'where_it_stands']
 
 # %% ../../nbs/training/01_run_folder.ipynb #6f496b2d
 import json
@@ -207,13 +207,19 @@ def read_metrics(out:Path)->list[dict]:
         if isinstance(found, dict) and isinstance(found.get('step'), int): lines[found['step']] = found
     return [lines[step] for step in sorted(lines)]
 
-def metrics_file(out:Path, step:int):
-    "`metrics.jsonl`, opened for appending after the line of `step`."
+def trim_metrics(out:Path, step:int):
+    "Cut `metrics.jsonl` back to the line of `step`."
     path, lines = Path(out)/'metrics.jsonl', [line for line in read_metrics(out) if line['step'] <= step]
     if len(lines) < step:
         print(f'{path} has lost {step - len(lines)} of {step} lines; the curves will have a gap', file=sys.stderr)
     atomic_write(path, ''.join(json.dumps(line) + '\n' for line in lines))
-    return path.open('a', buffering=1)
+
+def add_metrics(out:Path, line:dict):
+    "Add the line of a step to `metrics.jsonl`. Raises `BadInput` for a full disk."
+    path = Path(out)/'metrics.jsonl'
+    try:
+        with path.open('a') as file: file.write(json.dumps(line) + '\n')
+    except OSError as e: raise BadInput(f'{path} could not be written ({e.strerror or e})') from e
 
 # %% ../../nbs/training/01_run_folder.ipynb #0d22a7ba
 def where_it_stands(out:Path)->str:

@@ -32,7 +32,7 @@ from ..data.crops import Batch, batches_ahead, dead_workers_named
 from ..data.files import Progress, Stopped, atomic_write, stop_flag, write_json
 from .recipe import Recipe, check_names, recipe_toml
 from .run_folder import CheckpointWriter, begun, check_folder, check_inputs, folder_lock
-from .run_folder import forget_statistics, load_checkpoint, metrics_file
+from .run_folder import add_metrics, forget_statistics, load_checkpoint, trim_metrics
 from .stages import StagePlan, check_machine, check_recipe
 from .distributed import new_accelerator
 from .statistics import load_normalizers, load_summary_losses, open_sources, statistics_at
@@ -190,12 +190,12 @@ def evaluate_student(run:TrainingRun)->dict:
     return {'evaluation': found}
 
 # %% ../../nbs/training/09_train.ipynb #ab1786a9
-def write_logs(run:TrainingRun, metrics): # metrics: the open file, of the first process
+def write_logs(run:TrainingRun):
     "Read what the steps since the last time have to say, and write it down. Raises `BadInput` where one went wrong."
     logs, run.unread = run.unread, []
     for line in read_logs(logs):   # those before the first that went wrong are written
         run.loss = line['loss']
-        if run.main: metrics.write(json.dumps(line) + '\n')
+        if run.main: add_metrics(run.out, line)
         if run.recipe.trackers: run.accelerator.log(flatten_metrics(line), step=line['step'])
 
 def asked_to_stop(
@@ -215,8 +215,8 @@ def train_stage(run:TrainingRun, plan:StagePlan):
     recipe, trainer, accelerator = run.recipe, run.trainer, run.accelerator
     progress = Progress(run.total, trainer.step, quiet=not run.main)
     streams = zip(*(source.batches(recipe, accelerator, trainer.step, plan.last) for source in trainer.sources))
-    log = metrics_file(run.out, trainer.step) if run.main else nullcontext()
-    with log as metrics, stop_flag() as signals:
+    if run.main: trim_metrics(run.out, trainer.step)
+    with stop_flag() as signals:
         for batches in trainer.timer.each(batches_ahead(streams, trainer.device), 'data'):
             for batch in batches: run.skipped.update(batch.skipped)
             watched = watch_gradients(run, batches)
@@ -227,7 +227,7 @@ def train_stage(run:TrainingRun, plan:StagePlan):
             last, reading = trainer.step == plan.last, trainer.step % recipe.log_every == 0
             stopping, ended = asked_to_stop(run, signals, last or reading)
             saving = stopping or ended or last or trainer.step % recipe.checkpoint_every == 0
-            if saving or reading: write_logs(run, metrics)
+            if saving or reading: write_logs(run)
             progress(trainer.step, f'loss {run.loss:.3f}' if isfinite(run.loss) else '')   # none has been read yet
             if run.writer.done(): run.see_written()
             if saving:
