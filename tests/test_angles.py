@@ -42,6 +42,11 @@ def test_a_constant_student_loses_one_from_every_teacher():
         assert_close(angle_loss(constant, y, dispersion(y)).item(), 1., rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize('x, y', [((4, 3), (1, 3)), ((4, 1), (4, 3)), ((3,), (4, 3))])
+def test_summaries_of_other_shapes_are_not_stretched(x, y):
+    with pytest.raises(ValueError, match='images and channels'): angle_loss(torch.ones(x), torch.ones(y))
+
+
 @pytest.fixture(scope='module')
 def recipe(tmp_path_factory):
     return Recipe('zoo:photos', tuple(SPECS.values()), str(tmp_path_factory.mktemp('angles')/'run'), size=64, depth=1,

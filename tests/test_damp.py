@@ -1,5 +1,6 @@
 "Noise on the weights: what it changes in a trainer, and that a run with it can be broken off and shared out."
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from radio_nb.training.run_folder import load_checkpoint
 from radio_nb.training.stages import check_recipe, plan_stages
 from radio_nb.training.statistics import Source
 from radio_nb.training.train import run_recipe
-from radio_nb.training.trainer import DistillStep, Trainer
+from radio_nb.training.trainer import DistillStep, Trainer, microbatches
 
 
 class Linears(Patches):
@@ -43,12 +44,28 @@ def gradient_of(trainer):
     return torch.cat([p.grad.flatten() for p in trainer.student.parameters()])
 
 
+def parts_of_a_step(partitions, processes, seed=0):
+    "In two microbatches for each of the processes."
+    sources = [Source(plan_stages(trainer_of().recipe, list(NAMES))[0].parts[0], None, {})]*partitions
+    return [micro for rank in range(processes) for micro in microbatches(
+        sources, (batch(0),)*partitions, 2, seed, SimpleNamespace(process_index=rank, num_processes=processes))]
+
+
+def test_every_part_of_a_step_has_noise_of_its_own():
+    "Of whatever microbatch, partition, process and step it is; a CPU looks at the lower 32 bits of a seed."
+    student, found = Linears(), set()
+    for seed in range(3):
+        for micro in parts_of_a_step(2, 2, seed):
+            with micro.noise(student, .3): found.add(tuple(student.mix.weight.flatten().tolist()))
+    assert len(found) == 3*2*2*2
+
+
 def test_a_step_takes_the_mean_of_gradients_at_noisy_weights():
     "Each of two parts of the batch has its own noise; the weights move from where they were."
-    found, seed, parts = gradient_of(trainer_of(damp=.3, accumulate=2)), 0, []
+    found, micros, parts = gradient_of(trainer_of(damp=.3, accumulate=2)), parts_of_a_step(1, 1), []
     for k in range(2):
         trainer = trainer_of()
-        with noisy_weights(trainer.student, .3, seed + (k << 50)):
+        with micros[k].noise(trainer.student, .3):
             own = {name: t.clone() for name, t in trainer.student.state_dict().items()}
         other = trainer_of()
         other.student.load_state_dict(own)

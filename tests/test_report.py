@@ -16,7 +16,7 @@ from radio_nb.data.images import open_images
 from radio_nb.evaluation.compare import compare_runs
 from radio_nb.evaluation.scores import Score, load_scores, save_scores
 from radio_nb.front.evaluate import comparison_page, open_recipe
-from radio_nb.front.pictures import loss_curves, plain_curve
+from radio_nb.front.pictures import POINTS, loss_curves, plain_curve
 from radio_nb.front.report import (
     loss_warnings,
     match_in_words,
@@ -27,6 +27,7 @@ from radio_nb.front.report import (
     write_report,
 )
 from radio_nb.front.run_match import compared_students, load_match, match_rows, match_run
+from radio_nb.models.student import Student
 from radio_nb.targets.bad_input import BadInput
 from radio_nb.training.preparation import prepare
 
@@ -263,6 +264,17 @@ def test_a_run_that_went_on_from_another_is_compared_with_what_it_began_with(min
     assert torch.equal(*grids[:2]) and not torch.equal(*grids[1:])
 
 
+@pytest.mark.parametrize('found', ['nothing', 'another student'])
+def test_a_run_whose_beginning_is_gone_is_compared_with_an_untrained_student(mine, ready, tmp_path, capsys, found):
+    recipe, images = open_recipe(mine), torch.rand(2, 3, 64, 64)
+    other = Student('vit_tiny_patch16_224', {'u2netp': (0, 64)}, depth=2)
+    if found == 'another student': other.save_pretrained(tmp_path)
+    more = compared_students(replace(recipe, init=str(tmp_path)), ready, mine)
+    first = compared_students(recipe, ready, mine)
+    with torch.no_grad(): grids = [one['untrained'](images)['u2netp'].spatial for one in (more, first)]
+    assert torch.equal(*grids) and 'the baseline is an untrained student instead' in capsys.readouterr().err
+
+
 def test_gradient_norms_stand_under_their_teachers():
     "Teachers come and go with the stages."
     lines = [{'step': step, 'seconds': {}, 'gradient_norms': norms} for step, norms in
@@ -276,7 +288,7 @@ def test_a_long_run_has_curves_that_a_browser_can_draw():
     lines = [{'step': step, 'loss': 1/(1 + step), 'teachers': {'a': {'spatial': 1/(1 + step)}}}
              for step in range(100_001)]
     for fig in (loss_curves(lines, 'spatial'), plain_curve(lines, 'loss', 'loss')):
-        for trace in fig.data: assert 1000 < len(trace.x) == len(trace.y) <= 4001 and trace.x[0] == 0
+        for trace in fig.data: assert 1000 < len(trace.x) == len(trace.y) <= POINTS and trace.x[0] == 0
 
 
 def test_a_picture_to_click_on_stands_in_the_report_and_needs_no_network(run):

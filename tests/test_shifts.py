@@ -13,6 +13,7 @@ import radio_nb
 from radio_nb.agglomeration.shifts import Shift, Windows, fixed_pattern, moved, shared_positions, shift_of
 from radio_nb.data.crops import Batch, padded_crop
 from radio_nb.losses.multi_teacher import MultiTeacherLoss
+from radio_nb.models.backbones import new_backbone
 from radio_nb.targets.bad_input import BadInput
 from radio_nb.targets.features import Features
 from radio_nb.training.recipe import Recipe
@@ -22,6 +23,14 @@ from radio_nb.training.train import run_recipe
 from radio_nb.training.trainer import DistillStep, Trainer
 
 CPU = torch.device('cpu')
+
+
+def test_where_the_student_looks_says_nothing_about_its_windows():
+    shift, backbone = Shift(1, (6, 6), (6, 6)), new_backbone('vit_tiny_patch16_224', 1, depth=1, windows=(2, 3, 0))
+    def drawn(seed):
+        torch.manual_seed(seed)
+        return shift.draw([''], seed)[''][0], backbone.draw_window(6, 6)
+    assert len({drawn(seed) for seed in range(200)}) == 3*3
 
 
 @given(st.integers(3, 6), st.integers(3, 6), st.integers(1, 3), st.integers(1, 3), st.integers(0, 10**6))

@@ -7,7 +7,7 @@ import torch
 from children import same_after_a_break, small_images
 from torch.testing import assert_close
 
-from radio_nb.agglomeration.spectral import OWN, SpectralScale, plain_weights
+from radio_nb.agglomeration.spectral import OWN, SpectralScale, plain_weights, reparametrize
 from radio_nb.models.student import Student
 from radio_nb.targets.bad_input import BadInput
 from radio_nb.training.plan import plan_recipe
@@ -31,6 +31,15 @@ def out(recipe): return run_recipe(recipe)
 
 def test_a_broken_run_goes_on_to_the_same_student(recipe, out, tmp_path):
     assert same_after_a_break(recipe, out, tmp_path/'run')
+
+
+def test_rows_that_cancel_each_other_and_a_matrix_of_zeros():
+    for rows in ([[1.], [-1.]], [[1., 2.], [-1., -2.], [.5, 0.]]):
+        weight = torch.tensor(rows)
+        assert_close(SpectralScale(weight).gamma, torch.linalg.matrix_norm(weight, 2))
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    torch.nn.init.zeros_(network[0].weight)
+    with pytest.raises(BadInput, match='the weights of 0 are all 0'): reparametrize(network)
 
 
 def test_every_matrix_of_the_backbone_has_the_size_that_was_learned(recipe, out):

@@ -1,6 +1,7 @@
 "Teachers: random weights that are always the same, files that hold no weights, and a hub that is not there."
 import radio_nb  # noqa: F401, I001  before timm, so that torchvision can be imported
 import time
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -8,13 +9,14 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from timm.models import vision_transformer
 from torch import nn
 from torch.testing import assert_close
 
 from radio_nb.models.backbones import find_network
 from radio_nb.models.feature_extraction import hf_grid
 from radio_nb.models.specs import parse_spec
-from radio_nb.models.teachers import Teacher, _clip_normalization, classifier_of, load_teacher, own_seed
+from radio_nb.models.teachers import Teacher, _clip_normalization, _resizing, classifier_of, load_teacher, own_seed
 from radio_nb.targets.bad_input import BadInput
 from radio_nb.targets.features import Features
 
@@ -457,3 +459,10 @@ def test_what_no_file_of_a_trunk_holds_is_made(tmp_path):
 def test_half_of_the_logits_is_no_classifier():
     with pytest.raises(BadInput, match='names no classes by a linear layer'):
         classifier_of('timm:volo_d1_224@random')
+
+
+def test_positions_of_c_radio_are_aligned_where_timm_aligns_them():
+    aligned = vision_transformer._RADIO_ALIGN_CORNERS
+    for name, corners in ((name, name in aligned) for name in (*aligned, 'huge_patch16_radio_v4')):
+        model = SimpleNamespace(pretrained_cfg={'architecture': f'vit_{name}'})
+        assert _resizing(model) == {'interpolation': 'bilinear', 'antialias': False, 'align_corners': corners}

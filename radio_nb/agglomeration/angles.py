@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..targets.bad_input import BadInput
 from ..targets.moments import in_float64
+from ..losses.losses import check_shapes
 
 # %% ../../nbs/agglomeration/00_angles.ipynb #719e34d1
 def squared_angle(
@@ -48,4 +49,5 @@ def angle_loss(
     disp:float=1., # the teacher's `dispersion`
 )->Tensor:         # a scalar
     "The squared angle over the dispersion, averaged over the batch (C-RADIOv4)."
+    check_shapes('summary', x, y)
     return squared_angle(x, y).mean()/disp

@@ -9,6 +9,7 @@ __all__ = ['Places', 'FixedPattern', 'fixed_pattern', 'Shift', 'shift_of', 'Wind
 from math import gcd
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,8 +60,8 @@ class Shift(NamedTuple):
 
     def draw(self, names:list[str], seed:int)->dict[str, tuple[int, int]]:
         "A place for everyone's window, in steps from the upper left corner; always the same for a seed."
-        generator = torch.Generator().manual_seed(seed)
-        return dict(zip(names, torch.randint(2*self.most + 1, (len(names), 2), generator=generator).tolist()))
+        places = np.random.default_rng([seed, 6]).integers(2*self.most + 1, size=(len(names), 2))
+        return dict(zip(names, map(tuple, places.tolist())))
 
     def place(self, places:'Places', who:str)->tuple[int, int]:
         "Where someone's window is; in the middle for those who are not in `places`."

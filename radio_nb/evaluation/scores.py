@@ -70,7 +70,7 @@ def check_eval_data(
 
 # %% ../../nbs/evaluation/07_scores.ipynb #59358dc1
 def merged(old:list[Score], new:list[Score])->list[Score]:
-    "Scores with others added, in place of those of the same model, measure and images, unless they saw fewer."
+    "Scores with others added, in place of those of the same model, measure and images, if not stopped at fewer."
     by_key = {}
     for score in (*old, *new):
         key = score.model, score.measure, score.dataset

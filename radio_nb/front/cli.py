@@ -180,7 +180,8 @@ def evaluate_command(
     only_match = table.suite == ('match',) and not table.also and not table.teachers_too
     print_evaluation(Path(run), found, only_match)
     if signals:
-        raise Stopped(f'stopped; what was found until then is in {Path(run)/"evaluation.json"}, partial scores marked')
+        raise Stopped(f'stopped; what was found until then is in {Path(run)/"evaluation.json"}, '
+                      'partial scores marked; whole ones from before stay')
 
 def print_evaluation(out:Path, found, only_match:bool=False): # only_match: print the match table
     "Print what was found, and bring the report up to date."

@@ -109,6 +109,7 @@ def match_at(
                                  where if sizes else data.describe('images'), only_summaries)
         skipped.update(readable.skipped)
         yield {where: found} if found else {}, new
+    if not others: return
     readable = ReadableImages(images, sides(run.size), stopped, 'alignment')
     yield {}, alignment_suite(others, at(run.size), readable, run.device, data.describe('images'))
 

@@ -28,13 +28,14 @@ from ..data.crops import centre_crop, fetch
 from ..data.files import Progress, Stopped, atomic_write, lock
 from ..data.feature_files import WRITERS, FeatureIndex, check_some, join_parts, part_file, part_rows
 from ..data.feature_files import read_index, save_part
-from ..training.recipe import teacher_names, teacher_weights
+from ..training.recipe import teacher_names
 from ..training.run_folder import recipe_of
 from ..training.stages import check_recipe
 from ..training.teacher_cache import weights_fingerprint
 from ..training.preparation import best_device
 from ..evaluation.suites import check_finite, own_features, student_eval_model, teacher_eval_model
 from ..evaluation.zero_shot import TextTower, best_labels, class_embeddings
+from .run_match import learned_from
 from .evaluate import load_own, open_run
 
 # %% ../../nbs/front/06_features.ipynb #e3d6e4b9
@@ -182,10 +183,14 @@ def _open_parts(folder, request):
         raise BadInput(f'{asked} is damaged ({reason(e, 100)}): delete {folder} and begin again') from e
     _check_same(there, request, folder)
 
-def _check_learned(model, adaptor):
-    "Raise `BadInput` for a teacher whose grid a run did not learn."
+def _check_learned(model, adaptor, what):
+    "Raise `BadInput` for a teacher of which a run learned nothing, or not its grid."
     recipe = recipe_of(Path(model)) if Path(model).is_dir() else None
-    if recipe and not teacher_weights(recipe, list(teacher_names(recipe.teachers)))[1].get(adaptor, 1):
+    names = list(teacher_names(recipe.teachers)) if recipe else []
+    if adaptor not in names: return   # `open_source` knows what else a student may give
+    learned, only_summaries = learned_from(recipe, names)
+    if adaptor not in learned: raise BadInput(f'--adaptor {adaptor}: the student did not learn from it')
+    if what == 'grid' and adaptor in only_summaries:
         raise BadInput(f'--what grid: the student did not learn the grid of {adaptor}, only its summary')
 
 def _check_request(out, what):
@@ -218,7 +223,7 @@ def save_features(
     "Write the features of all images that can be read, or go on with it. Raises `BadInput` and `Stopped`."
     out = Path(out)
     _check_request(out, what)
-    if adaptor and what == 'grid': _check_learned(model, adaptor)
+    if adaptor: _check_learned(model, adaptor, what)
     _at_least(1, batch_size=batch_size)
     _at_least(0, workers=workers)
     source, opened, folder = open_source(model, adaptor, size), _bounded(images), Path(f'{out}.parts')

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MATCH_MEASURES', 'MATCH_HEADER', 'readable', 'at_size', 'match_on_crops', 'learned_from', 'measured',
-           'check_teachers', 'compared_students', 'match_run', 'load_match', 'no_progress', 'knn_data', 'on_device',
-           'WhileTraining', 'match_rows', 'text_table', 'start_folder', 'located']
+           'check_teachers', 'student_before', 'compared_students', 'match_run', 'load_match', 'no_progress',
+           'knn_data', 'on_device', 'WhileTraining', 'match_rows', 'text_table', 'start_folder', 'located']
 
 # %% ../../nbs/front/02_run_match.ipynb #c341f244
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import isfinite, nan
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ..targets.features import Features
 from ..targets.bad_input import BadInput
+from ..targets.normalizers import Normalizer
 from ..models.specs import parse_spec
 from ..models.student import Student, fold_heads
 from ..data.images import MIN_SIDE, Unreadable, decode
@@ -25,7 +27,6 @@ from ..data.crops import Crops, centre_crop, image_batches, resize
 from ..data.streams import StreamedCrops, crop_stream
 from ..data.files import Progress, read_json, write_json
 from ..training.recipe import Recipe, teacher_names, teacher_weights
-from ..training.run_folder import finished
 from ..training.statistics import load_normalizers, statistics_file
 from ..training.preparation import Prepared, last_normalizers, new_student, saved_student
 from ..training.train import TrainingRun
@@ -95,14 +96,21 @@ def check_teachers(student:Student, names:list[str], out:Path): # names: of the 
         raise BadInput(f'{out}: config.json names the teachers {", ".join(own)}, and recipe.toml {", ".join(names)}: '
                        'one of the files was changed, put back a copy')
 
+def student_before(recipe:Recipe, untrained:Student, normalizers:dict[str, Normalizer])->Student:
+    "The student before the first step: that of the run from which this one went on, as long as it is there."
+    try: before = saved_student(recipe, untrained)
+    except BadInput as e:
+        print(f'{e}; the baseline is an untrained student instead', file=sys.stderr)
+        before = None
+    return before or fold_heads(untrained, normalizers)
+
 def compared_students(recipe:Recipe, ready:Prepared, out:Path)->dict:
     "The trained student and its two baselines."
     trained = Student.from_pretrained(out).to(ready.device)
     check_teachers(trained, list(teacher_names(recipe.teachers)), out)
     untrained = new_student(recipe, trained.config['teachers'], trained.config['classes']).eval()
-    normalizers = last_normalizers(trained.config['teachers'], out)
-    before = saved_student(recipe, untrained) if finished(recipe.init) else None
-    return {'student': trained, 'untrained': (before or fold_heads(untrained, normalizers)).to(ready.device),
+    before = student_before(recipe, untrained, last_normalizers(trained.config['teachers'], out))
+    return {'student': trained, 'untrained': before.to(ready.device),
             'constant': Constant(statistics_file(out), list(ready.teachers))}
 
 # %% ../../nbs/front/02_run_match.ipynb #519524ac

@@ -205,7 +205,7 @@ def _check_timm_name(name):
 def _check_activation(spec):
     "Raise `BadInput` for weights that timm would run with another activation than that of their training."
     cfg = timm.get_pretrained_cfg(spec.name)
-    told = cfg is not None and any('QuickGELU' in note for note in cfg.notes or ())   # of both architectures
+    told = cfg is not None and any('QuickGELU' in note for note in cfg.notes or ())   # under both names
     if told and spec.weights != 'random' and '_quickgelu_' not in spec.name:
         raise BadInput(f'{spec.name} was trained with QuickGELU, and timm gives it GELU: '
                        f'name it {spec.name.replace("_clip_", "_clip_quickgelu_")}')

@@ -6,8 +6,6 @@
 __all__ = ['PLAIN', 'Classifier', 'new_classifier', 'learn_from_labels']
 
 # %% ../../nbs/training/12_control.ipynb #c0n70003
-import radio_nb  # noqa: F401  before timm, so that torchvision can be imported
-import timm.optim
 import torch
 from torch import nn
 
@@ -22,7 +20,7 @@ from ..listening.logits import label_losses
 from .recipe import Recipe
 from .stages import learning_rate, plan_stages
 from .preparation import best_device
-from .trainer import clip, skip_broken
+from .trainer import clip, new_optimizer, skip_broken
 
 # %% ../../nbs/training/12_control.ipynb #c0n70010
 class Classifier(nn.Module):
@@ -68,7 +66,7 @@ def learn_from_labels(
     crops = crop_stream(images, crop_size, recipe.seed, recipe.views, recipe.draft)
     device, [plan] = best_device(recipe.device), plan_stages(recipe, ['labels'])
     classifier, progress = new_classifier(recipe, len(names)).to(device).train(), Progress(recipe.steps, what='labels')
-    optimizer = timm.optim.create_optimizer_v2(classifier, recipe.optimizer, recipe.lr, recipe.weight_decay)
+    optimizer = new_optimizer(recipe, classifier)
     for step, batch in enumerate(image_batches(crops, recipe.batch_size, recipe.steps, workers=recipe.workers)):
         for group in optimizer.param_groups: group['lr'] = learning_rate(step, plan, recipe)
         pixels = resize(to_device(batch.images, device)/255, recipe.size)

@@ -98,7 +98,7 @@ def full_state_dict(
     module:nn.Module,                  # the one given to `distribute`
     optimizer:torch.optim.Optimizer,
 )->tuple[dict[str, Tensor], dict]:
-    "All weights of a module, and the state of its optimizer, of shards for the first process; to be called on all."
+    "All weights of a module and the state of its optimizer; in shards only for the first process. All must call it."
     if not isinstance(module, FSDPModule): return module.state_dict(), optimizer.state_dict()
     return get_model_state_dict(module, options=_full), get_optimizer_state_dict(module, optimizer, options=_full)
 

@@ -38,7 +38,7 @@ from .distributed import new_accelerator
 from .statistics import load_normalizers, load_summary_losses, open_sources, statistics_at
 from .statistics import statistics_file, take_statistics, training_teachers
 from .monitor import flatten_metrics, imbalance_warning, read_logs
-from .trainer import Trainer, teacher_gradient_norms
+from .trainer import Trainer, heads_alone, teacher_gradient_norms
 from .preparation import NOTHING, Inputs, Prepared, as_saved, began_alike, best_device, classes_to_name
 from .preparation import check_readable, check_sizes, export_student, fingerprints, go_on_from
 from .preparation import identity, new_distill_step, new_listening, new_student, prepare, saved_student
@@ -141,7 +141,7 @@ def start_stage(run:TrainingRun, plan:StagePlan):
 def watch_gradients(run:TrainingRun, batches:tuple[Batch, ...])->dict:
     "What is added to the log when it is time to look at the gradients; a warning is printed once."
     recipe, trainer = run.recipe, run.trainer
-    trainer.student.heads_only = trainer.step < recipe.heads_only   # as the step to come will have it
+    trainer.student.heads_only = heads_alone(trainer)
     due = recipe.watch_every and trainer.step % recipe.watch_every == 0
     if not due or trainer.student.heads_only or recipe.shard: return {}
     norms = teacher_gradient_norms(trainer, batches)

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['check_width', 'normalize_targets', 'with_student', 'student_voices', 'Frozen', 'grid_from', 'DistillStep',
            'Microbatch', 'microbatches', 'log_terms', 'reduce_terms', 'teacher_terms', 'retarget', 'clip',
-           'skip_broken', 'TrainState', 'draw_window', 'average_grid', 'microbatch_loss', 'choose_what_learns',
-           'first_averages', 'progress', 'step_seed', 'after_step', 'Trainer', 'teacher_gradient_norms']
+           'skip_broken', 'new_optimizer', 'TrainState', 'draw_window', 'heads_alone', 'average_grid',
+           'microbatch_loss', 'choose_what_learns', 'first_averages', 'progress', 'step_seed', 'after_step', 'Trainer',
+           'teacher_gradient_norms']
 
 # %% ../../nbs/training/07_trainer.ipynb #ed4a9115
 from typing import NamedTuple
@@ -25,7 +26,7 @@ from ..losses.balancing import BETAS
 from ..losses.losses import at_least_float32
 from ..losses.multi_teacher import MultiTeacherLoss
 from ..models.backbones import keep_statistics
-from ..models.randomness import rng_shard
+from ..models.randomness import mixed_seed, rng_shard
 from ..models.student import FROM_LABELS, Student
 from ..data.crops import Batch, Pixels
 from ..agglomeration.damp import noisy_weights
@@ -168,7 +169,7 @@ class Microbatch(NamedTuple):
 
     def noise(self, student:nn.Module, sigma:float): # a context, see `noisy_weights`
         "The noise on the student's weights while it sees these images."
-        return noisy_weights(student, sigma, self.seed + (self.shard['rank'] << 50))
+        return noisy_weights(student, sigma, mixed_seed(self.seed, self.shard['rank'], 7))
 
 def microbatches(sources:list[Source], batches:tuple[Batch, ...], accumulate:int, seed:int,
                  accelerator:Accelerator)->list[Microbatch]:
@@ -249,6 +250,14 @@ def skip_broken(
     for grad in gradients: getattr(grad, 'to_local', lambda grad=grad: grad)().masked_fill_(broken, 0)
 
 # %% ../../nbs/training/07_trainer.ipynb #40ad5082
+def new_optimizer(
+    recipe:Recipe,
+    model:nn.Module|list[dict],  # a network, or groups of its parameters
+)->torch.optim.Optimizer:
+    "The optimizer that a recipe names. Gradients are clipped before it: timm's LAMB would clip them a second time."
+    more = {'adamw': {'fused': True}, 'lamb': {'max_grad_norm': None}}.get(recipe.optimizer, {})
+    return timm.optim.create_optimizer_v2(model, recipe.optimizer, recipe.lr, recipe.weight_decay, **more)
+
 class TrainState:
     "Weights, their average, and the optimizer, in one process or several."
     def __init__(self, distill_step:DistillStep, recipe:Recipe, accelerator:Accelerator):
@@ -268,10 +277,7 @@ class TrainState:
             model = timm.optim.param_groups_weight_decay(step.student, recipe.weight_decay, spared)
             model.append({'params': learned, 'weight_decay': 0., 'lr_scale': scale, 'betas': BETAS})
             if step.listening: model += timm.optim.param_groups_weight_decay(step.listening, recipe.weight_decay)
-        more = {'fused': True} if recipe.optimizer == 'adamw' else {}   # timm's others are not
-        if recipe.optimizer == 'lamb': more['max_grad_norm'] = None   # by default it would clip a second time
-        settings = recipe.optimizer, recipe.lr, recipe.weight_decay
-        self.optimizer = timm.optim.create_optimizer_v2(model, *settings, **more)
+        self.optimizer = new_optimizer(recipe, model)
 
     def students(self)->list[Student]:
         "The student, and its average where there is one."
@@ -317,13 +323,17 @@ def draw_window(student:nn.Module, size:tuple[int, int]):
     if not getattr(backbone, 'windows', ()): return
     backbone.window = backbone.draw_window(*(side//backbone.patch for side in size))
 
+def heads_alone(trainer)->bool:
+    "Whether the next step leaves the backbone as it is."
+    return trainer.step < trainer.recipe.heads_only
+
 def average_grid(
     trainer,                  # a `Trainer`, see below
     pixels:Pixels,
     size:tuple[int, int],     # of the student's images
 )->Tensor|None:               # (B, h, w, D); None where the student does not listen to it
     "What the backbone of the student's average makes of images."
-    if not trainer.recipe.mesa or trainer.step < trainer.recipe.heads_only: return None
+    if not trainer.recipe.mesa or heads_alone(trainer): return None
     precision = torch.autocast(trainer.device.type, torch.bfloat16, enabled=trainer.distill_step.bfloat16)
     with torch.no_grad(), precision: return trainer.state.ema.module.backbone(pixels.at(size, AVERAGE)).spatial
 
@@ -338,7 +348,7 @@ def microbatch_loss(
         pixels = micro.source.pixels(micro.batch, trainer.device, places)
         features = micro.source.teacher_features(micro.batch, trainer.device, pixels)
         targets = normalize_targets(features, trainer.normalizers, trainer.step)
-    torch.manual_seed(micro.seed)
+    torch.manual_seed(mixed_seed(micro.seed))
     with trainer.timer('student'), rng_shard(**micro.shard):
         draw_window(trainer.student, part.size)
         scale = {name: weight*active[name] for name, weight in part.weights.items()}
@@ -353,10 +363,9 @@ def microbatch_loss(
     return loss, log_terms(part, loss, losses, {'bits': step.bits(), 'mesa': step.apart}, trainer.recipe.accumulate)
 
 def choose_what_learns(trainer):
-    """Heads alone, or the backbone with them. Where it joins them LAMB begins anew: it counts steps for both together,
-    and would take the backbone's moments, which begin there, for old ones."""
-    recipe = trainer.recipe
-    trainer.student.heads_only = trainer.step < recipe.heads_only
+    """Heads alone, or the backbone with them. Where it joins them LAMB begins anew: timm's counts steps for both
+    together, and would take the backbone's moments, which begin there, for old ones."""
+    recipe, trainer.student.heads_only = trainer.recipe, heads_alone(trainer)
     if recipe.optimizer == 'lamb' and 0 < recipe.heads_only == trainer.step: trainer.state.new_optimizer()
 
 @torch.no_grad()
