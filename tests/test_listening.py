@@ -15,15 +15,17 @@ from torch.testing import assert_close
 
 import radio_nb
 from radio_nb.data.labelled import labelled_images, open_labelled
+from radio_nb.listening import summaries
 from radio_nb.listening.hints import FewPatches
 from radio_nb.listening.lesson import Lesson, Listener, Voice
 from radio_nb.listening.listeners import LISTENERS, Listening
+from radio_nb.listening.summaries import HiddenAxes
 from radio_nb.models.backbones import Transformer
 from radio_nb.models.student import FROM_LABELS, Student
 from radio_nb.models.teachers import classifier_of
 from radio_nb.targets.bad_input import BadInput
 from radio_nb.training.preparation import Inputs, check_sizes, prepare
-from radio_nb.training.recipe import Listen, Recipe, parse_recipe, recipe_toml
+from radio_nb.training.recipe import Listen, Partition, Recipe, Stage, parse_recipe, recipe_toml
 from radio_nb.training.run_folder import load_checkpoint
 from radio_nb.training.stages import check_recipe
 from radio_nb.training.train import Callbacks, run_recipe
@@ -61,7 +63,8 @@ def test_all_are_in_the_loss_of_the_teacher_that_has_logits(recipe, out):
 
 def test_with_weight_0_it_is_the_same_run(recipe, tmp_path):
     without = run_recipe(replace(recipe, listen=(), out=str(tmp_path/'without')))
-    silent = run_recipe(replace(recipe, listen=(Listen('pld', 0.),), out=str(tmp_path/'silent')))
+    everyone = tuple(Listen(name, 0.) for name in LISTENERS)
+    silent = run_recipe(replace(recipe, listen=everyone, out=str(tmp_path/'silent')))
     assert (without/'student.safetensors').read_bytes() == (silent/'student.safetensors').read_bytes()
 
 
@@ -215,7 +218,7 @@ def test_a_student_has_heads_for_those_alone_who_teach_it_logits(recipe, tmp_pat
 
 def test_what_does_not_suit_is_refused_before_anything_is_measured(recipe, tmp_path):
     wrong = replace(recipe, listen=(Listen('mgd', options={'holes': 2.}),), out=str(tmp_path/'run'))
-    with pytest.raises(BadInput, match='option holes is 2.0, but must be from 0'): run_recipe(wrong)
+    with pytest.raises(BadInput, match='option holes of listener mgd is 2.0, but must be from 0'): run_recipe(wrong)
     assert not [*Path(wrong.out).glob('statistics*')]
 
 
@@ -301,6 +304,43 @@ def test_a_committee_of_one_is_refused(recipe, tmp_path):
                            listen=(Listen('weighted', options={'weights': {'owl': 1.}}),)))
 
 
+def test_a_weight_that_changes_compiles_nothing_anew(recipe, tmp_path):
+    def from_now_on(run):
+        if run.step == 2: torch._dynamo.config.error_on_recompile = True
+    torch._dynamo.reset()
+    compiled = replace(recipe, compile='eager', listen=(Listen('kd', 1., 'rising'), Listen('taid', 1., 'warm-up')),
+                       out=str(tmp_path/'run'))
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        run_recipe(compiled, callbacks=Callbacks(from_now_on))
+
+
+def test_a_single_image_is_refused_by_who_tells_images_apart(recipe, tmp_path):
+    for fields in ({'batch_size': 1}, {'batch_size': 4, 'stages': (Stage(2, partitions=(
+            Partition(.25, teachers=(LITE0,)), Partition(.75))),)}):
+        alone = replace(recipe, listen=(Listen('infonce'),), out=str(tmp_path/'run'), **fields)
+        with pytest.raises(BadInput, match='infonce cannot tell one image from others'): run_recipe(alone)
+        assert not [*Path(alone.out).glob('statistics*')]
+
+
+@pytest.mark.parametrize('name, option, value', [
+    ('attention', 'power', 0.), ('ofa', 'gamma', 0.), ('bd-kd', 'more', -1.), ('taid', 'start', 1.5),
+    ('dho', 'label_weight', -1.), ('acam', 'diversity', -.5), ('lelp', 'beta', 0.), ('infonce', 'alpha', 2.)])
+def test_options_that_would_make_something_else_of_a_listener(name, option, value):
+    with pytest.raises(BadInput, match=f'option {option} of listener {name} is {value}, but must be'):
+        LISTENERS[name]({'a': (8, 8)}, {'a': 3}, **{option: value})
+
+
+def test_axes_are_looked_for_again_only_with_twice_as_many_images(monkeypatch):
+    "A teacher whose images of a class are all alike shows none."
+    looked, find = [], summaries.eigenbasis
+    monkeypatch.setattr(summaries, 'eigenbasis', lambda cov: looked.append(1) or find(cov))
+    hidden = HiddenAxes(torch.nn.Linear(8, 2), 2)
+    for _ in range(64):
+        hidden.update(torch.eye(2, 8), torch.tensor([0, 1]))
+        hidden.fit()
+    assert len(looked) == 4 and not hidden.found()   # with 8, 16, 32 and 64 images or so
+
+
 @pytest.fixture(scope='module')
 def learned(recipe):
     "A run whose student names classes."
@@ -341,7 +381,8 @@ def silent_classifier(spec, seed=0):
 
 
 def test_the_student_as_it_was_can_be_divided(recipe, learned, tmp_path):
-    assert max(differences_by_division(going_on(recipe, learned, 'klpdp'), tmp_path)) < 1e-5
+    both = going_on(recipe, learned, 'klpdp', 'klpdp-labels')
+    assert max(differences_by_division(both, tmp_path)) < 1e-5
 
 
 def test_a_student_that_was_not_is_refused(recipe, learned, tmp_path):

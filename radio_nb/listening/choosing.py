@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..targets.bad_input import BadInput
+from ..targets.moments import in_float64
 from ..losses.losses import at_least_float32
 
 # %% ../../nbs/listening/10_choosing.ipynb #c050006
@@ -21,7 +22,7 @@ def relation_distance(
 )->float:     # from 0 to the root of 2
     "How differently two networks see what is alike (after DisWOT, arXiv 2303.15678). Raises `BadInput`."
     def alike(x):
-        x = x.double()
+        x = in_float64(x)
         centred = x - x.mean(0)
         if not centred.norm() > 1e-12*x.norm():
             raise BadInput('all images have the same features: take other images, and more than one')

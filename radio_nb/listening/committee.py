@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..targets.bad_input import BadInput, unknown
 from ..losses.losses import at_least_float32, soft_label_losses
-from .lesson import Lesson, Listener, Voice
+from .lesson import Lesson, Listener, Voice, check_option
 
 # %% ../../nbs/listening/05_committee.ipynb #c0b0008
 def members(
@@ -122,7 +122,7 @@ class Gated(Committee):
         temperature:float=4.,
     ):
         super().__init__(widths, classes, temperature)
-        if k < 1 or k != int(k): raise BadInput(f'option k of listener mst is {k}, but must be a whole number above 0')
+        check_option('mst', 'k', k, k >= 1 and k == int(k), 'a whole number above 0')
         self.names = {K: [name for name, count in classes.items() if count == K] for K in classes.values()}
         self.k = int(k)
         def gate(K, T): return nn.Sequential(nn.Linear(T*K, 2*K), nn.ReLU(), nn.Linear(2*K, T))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..targets.bad_input import BadInput
+from ..targets.moments import in_float64
 from ..losses.losses import at_least_float32
 from .hints import attention_map
 
@@ -108,7 +109,7 @@ def ridge_prediction(
     penalty:float=1e-6,   # as a share of the mean squared length of a feature vector
 )->Tensor:                # in float64, (n, D)
     "What kernel ridge regression learns from a few images (after KRR-ST, arXiv 2310.06511)."
-    x, few, targets = x.double(), few.double(), targets.double()
+    x, few, targets = map(in_float64, (x, few, targets))
     kernel = few @ few.T
     ridge = penalty*kernel.diagonal().mean()*torch.eye(len(few), dtype=kernel.dtype, device=kernel.device)
     return x @ few.T @ torch.linalg.solve(kernel + ridge, targets)

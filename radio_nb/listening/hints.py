@@ -19,7 +19,7 @@ from ..targets.bad_input import BadInput
 from ..losses.losses import at_least_float32, same_grid
 from ..models.randomness import uniform
 from ..data.crops import random_crop
-from .lesson import Listener, Voice
+from .lesson import Listener, Voice, check_option
 
 # %% ../../nbs/listening/02_hints.ipynb #41970006
 def meet(
@@ -45,6 +45,7 @@ class AttentionMaps(Listener):
     "Where a grid holds much, whatever the channels are (after arXiv 2306.01526)."
     def __init__(self, widths:dict[str, tuple[int, int]], classes:dict[str, int], power:float=2.):
         super().__init__(widths, classes)
+        check_option('attention', 'power', power, power > 0, 'above 0')
         self.power = power
 
     def losses(self, student, teacher, lesson):
@@ -80,7 +81,7 @@ class MaskedGeneration(Listener):
         holes:float=.65,                   # how likely a position is to be one
     ):
         super().__init__(widths, classes)
-        if not 0 <= holes < 1: raise BadInput(f'option holes is {holes}, but must be from 0 to below 1')
+        check_option('mgd', 'holes', holes, 0 <= holes < 1, 'from 0 to below 1')
         self.holes = holes
         def generator(width):
             conv = [nn.Conv2d(width, width, 3, padding=1) for _ in range(2)]

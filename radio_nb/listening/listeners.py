@@ -35,21 +35,21 @@ LISTENERS: dict[str, type[Listener]] = {
     'lelp': Subclasses, 'committee': Committee, 'meal': Judged, 'surest': Surest, 'rightest': Rightest, 'mst': Gated,
     'weighted': Weighted, 'klpdp': SurestOrItself, 'klpdp-labels': RightestOrItself}
 
-def constant(progress:float)->float: # progress: share of the run that is done
+def constant(progress:Tensor)->Tensor|float: # progress: share of the run that is done, a scalar
     "All of a weight from the beginning."
     return 1.
 
-def rising(progress:float)->float:
+def rising(progress:Tensor)->Tensor:
     "Nothing at first and all in the end."
     return progress
 
-def falling(progress:float)->float:
+def falling(progress:Tensor)->Tensor:
     "All at first and nothing in the end."
     return 1 - progress
 
-def warm_up(progress:float)->float:
+def warm_up(progress:Tensor)->Tensor:
     "Rising in the first tenth of the run."
-    return min(1., 10*progress)
+    return (10*progress).clamp(max=1)
 
 RAMPS = {'constant': constant, 'rising': rising, 'falling': falling, 'warm-up': warm_up}
 
@@ -133,14 +133,16 @@ class Listening(nn.Module):
         targets:dict[str, Features],   # the same, their grids normalized
         masks:dict[str, Tensor],       # of some of these grids, see `Voice`
         labels:Tensor|None,            # see `Lesson`
-        progress:float,                # see `Lesson`
+        progress:float,                # share of the run that is done
     )->Lesson:                         # without the student
         "What the teachers have to say of a batch."
         logits = {name: layer(features[name].summary.to(layer.weight.dtype))
                   for name, layer in self.classifiers.items() if name in features}
         voices = {name: Voice(*own, logits.get(name), masks.get(name), name) for name, own in targets.items()}
-        if labels is not None: labels = to_device(labels, next(iter(targets.values())).spatial.device)
-        return Lesson({}, voices, labels, progress)
+        device = next(iter(targets.values())).spatial.device
+        if labels is not None: labels = to_device(labels, device)
+        # as a number it would be compiled anew in every step
+        return Lesson({}, voices, labels, torch.full((), progress, device=device))
 
     def forward(self,
         lesson:Lesson,
@@ -159,7 +161,7 @@ class Listening(nn.Module):
 
     def update(self,
         terms:dict[str, dict[str, Tensor]], # of the whole step, as `forward` gives them
-        progress:float,                     # see `Lesson`
+        progress:float,                     # share of the run that is done
     ):
         "Called after each step, once."
         for line, listener in zip(self.lines, self.listeners):

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..targets.bad_input import BadInput
+from ..targets.moments import in_float64
 from ..losses.losses import at_least_float32, soft_label_losses
-from .lesson import Listener
+from .lesson import Listener, check_option
 
 # %% ../../nbs/listening/01_logits.ipynb #10910008
 def listed(
@@ -89,6 +90,7 @@ class BothWays(Listener):
 
     def __init__(self, widths:dict[str, tuple[int, int]], classes:dict[str, int], more:float=2.):
         super().__init__(widths, classes)
+        check_option('bd-kd', 'more', more, more >= 0, '0 or more')
         self.more = more
 
     def losses(self, student, teacher, lesson):
@@ -119,6 +121,7 @@ class TargetWithTruth(Listener):
 
     def __init__(self, widths:dict[str, tuple[int, int]], classes:dict[str, int], gamma:float=1.5):
         super().__init__(widths, classes)
+        check_option('ofa', 'gamma', gamma, gamma > 0, 'above 0')
         self.gamma = gamma
 
     def losses(self, student, teacher, lesson):
@@ -178,6 +181,8 @@ class MovingTarget(Listener):
         momentum:float=.99,                # of the average of how the loss falls
     ):
         super().__init__(widths, classes)
+        for name, value in {'start': start, 'rate': rate, 'momentum': momentum}.items():
+            check_option('taid', name, value, 0 <= value <= 1, 'from 0 to 1')
         self.start, self.rate, self.momentum = start, rate, momentum
         for name, value in {'theta': start, 'falling': 0., 'before': torch.nan}.items():
             self.register_buffer(name, torch.tensor(value))
@@ -205,7 +210,7 @@ def best_label_weight(
     labels:Tensor,         # what should come out, as numbers (one-hot vectors, say), of the same shape
 )->tuple[float, float]:    # the weight of the labels, clipped to [0, 1]; and before that
     "The weight of labels beside a teacher that is best on images held out, if outputs mix as losses do (ours)."
-    step, missing = (from_labels - from_teacher).double().flatten(), (labels - from_teacher).double().flatten()
+    step, missing = (in_float64(x - from_teacher).flatten() for x in (from_labels, labels))
     if not step.any(): raise BadInput('both students give the same: no weight of the labels is better than another')
     alpha = (step @ missing/(step @ step)).item()
     return min(max(alpha, 0.), 1.), alpha
@@ -222,6 +227,7 @@ class TwoHeads(Listener):
         label_weight:float=1.,             # of labels; for its authors' loss one over the share of images that have one
     ):
         super().__init__(widths, classes)
+        check_option('dho', 'label_weight', label_weight, label_weight >= 0, '0 or more')
         self.temperature, self.label_weight = temperature, label_weight
 
     def losses(self, student, teacher, lesson):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..targets.bad_input import BadInput
+from ..targets.moments import in_float64
 from ..losses.losses import at_least_float32
 
 # %% ../../nbs/listening/08_other_images.ipynb #07e10006
@@ -40,12 +41,12 @@ def both_sure(
     share:float=.5,    # of each class that is left out, the least sure
 )->Tensor:             # rows, ascending, int64
     "The images that teacher and student together are sure of, by class (after KD³, arXiv 2307.11469)."
-    confidence, named = ((teacher + student)/2).max(1)
+    confidence, named = in_float64((teacher + student)/2).max(1)
     keep, known = torch.zeros_like(named, dtype=torch.bool), confidence.isfinite()
     for of_class in (known & (named == c) for c in named[known].unique()):
-        bar = torch.quantile(confidence[of_class].double(), share)
-        keep |= of_class & (confidence.double() >= bar)
-    return keep.nonzero()[:, 0]
+        bar = torch.quantile(confidence[of_class], share)
+        keep |= of_class & (confidence >= bar)
+    return keep.nonzero()[:, 0].to(teacher.device)
 
 def mix_styles(
     x:Tensor,          # feature maps, (B, D, H, W)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .lesson import Listener
+from .lesson import Listener, check_option
 from .hints import meet
 
 # %% ../../nbs/listening/03_parts.ipynb #9a750006
@@ -68,6 +68,7 @@ class SharedMasks(Listener):
         diversity:float=1.,                # what it costs that masks are alike
     ):
         super().__init__(widths, classes)
+        check_option('acam', 'diversity', diversity, diversity >= 0, '0 or more')
         self.names, self.diversity = list(widths), diversity
         self.makers = nn.ModuleList(MaskMaker(width, masks) for _, width in widths.values())
 

@@ -16,7 +16,7 @@ from ..targets.bad_input import BadInput
 from ..targets.normalizers import eigenbasis, floored
 from ..losses.losses import at_least_float32
 from ..models.randomness import own_seed
-from .lesson import Listener, SoftLabels
+from .lesson import Listener, SoftLabels, check_option
 
 # %% ../../nbs/listening/04_summaries.ipynb #5d40006
 def nd_losses(
@@ -66,7 +66,7 @@ def information_bound(
 
 class Information(Listener):
     "Whether a summary belongs to its own image: a bound of common information (after Distiller, arXiv 2109.11105)."
-    needs, compares_images = ('summary',), True
+    needs, compares_images, least = ('summary',), True, 2
 
     def __init__(self,
         widths:dict[str, tuple[int, int]], # see `Listener`
@@ -77,8 +77,7 @@ class Information(Listener):
         super().__init__(widths, classes)
         if not any(width for width, _ in widths.values()):
             raise BadInput('listener infonce: no teacher has a summary that counts')
-        if not 0 <= alpha <= 1:
-            raise BadInput(f'option alpha of listener infonce is {alpha}, but must be from 0 to 1')
+        check_option('infonce', 'alpha', alpha, 0 <= alpha <= 1, 'from 0 to 1')
         self.alpha, self.temperature = alpha, temperature
 
     def losses(self, student, teacher, lesson):
@@ -98,6 +97,7 @@ class HiddenAxes(nn.Module):
         for name, shape in {'second': (width, width), 'sums': (classes, width), 'counts': (classes,),
                             'axes': (width, count)}.items(): self.register_buffer(name, torch.zeros(shape))
         self.register_buffer('began', torch.tensor(inf))
+        self.register_buffer('tried', torch.zeros(()))
 
     def update(self, summaries:Tensor, named:Tensor): # (B, C); classes, (B,)
         "Take in a batch."
@@ -119,9 +119,11 @@ class HiddenAxes(nn.Module):
         return torch.where(self.counts[:, None] > 0, self.sums/self.counts.clamp(1)[:, None], of_all)
 
     def fit(self):
-        "Find the directions, unless there are too few images of one class to show any."
+        """Find the directions, unless there are too few images of one class to show any. In vain it is tried again with
+        twice as many."""
         count, images = self.axes.shape[1], (self.counts.sum() - (self.counts > 0).sum()).item()   # beyond one of each
-        if images < 4*count: return
+        if images < max(4*count, 2*self.tried.item()): return
+        self.tried.fill_(images)
         cov = (self.second - self.sums.T @ self.means).cpu().double()/images   # not every device has float64
         seen = torch.linalg.qr(self.weight[0].cpu().double().T).Q
         outside = torch.eye(len(cov), dtype=cov.dtype) - seen @ seen.T
@@ -148,9 +150,8 @@ class Subclasses(SoftLabels):
         temperature:float=4.,              # of the classes
     ):
         super().__init__(widths, classes, temperature)
-        if beta <= 0: raise BadInput(f'option beta of listener lelp is {beta}, but must be above 0')
-        if not 0 <= measured < 1:
-            raise BadInput(f'option measured of listener lelp is {measured}, but must be from 0 to below 1')
+        check_option('lelp', 'beta', beta, beta > 0, 'above 0')
+        check_option('lelp', 'measured', measured, 0 <= measured < 1, 'from 0 to below 1')
         self.names, self.parts, self.beta, self.measured = list(classes), parts, beta, measured
 
     def add_classifiers(self, classifiers):

@@ -208,7 +208,11 @@ def check_sizes(recipe:Recipe, plan:tuple[StagePlan, ...], student:Student, proc
             if height % patch or width % patch:
                 raise BadInput(f'a student with patches of {patch} cannot see {height} × {width} pixels: '
                                f'make both sides a multiple of {patch}')
-        check_microbatch(student, part.microbatch(processes, recipe.accumulate))
+        images = part.microbatch(processes, recipe.accumulate)
+        check_microbatch(student, images)
+        for line in recipe.listen:
+            if line.weight and images < LISTENERS[line.name].least and selected(line, part.weights):
+                raise BadInput(f'listener {line.name} cannot tell one image from others: raise batch_size or shares')
     grids = {(h//patch, w//patch) for stage in plan for part in stage.parts for h, w in part.sizes()}
     for side in recipe.windows:
         if side and not any(side in student.backbone.fitting(h, w) for h, w in grids):
