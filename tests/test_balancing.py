@@ -226,8 +226,8 @@ def train_double(recipe, resume=False):
     train(recipe, resume)
 
 
-PARTS = (Partition(.5, 64), Partition(.5, 64, ('zoo:u2netp#96',)))
-RUN = Recipe(images='', teachers=('zoo:u2netp#64', 'zoo:u2netp#96'), out='', depth=1, size=64, head_width=16, steps=6,
+PARTS = (Partition(.5, 64), Partition(.5, 64, ('zoo:u2netp#32',)))
+RUN = Recipe(images='', teachers=('zoo:u2netp#64', 'zoo:u2netp#32'), out='', depth=1, size=64, head_width=16, steps=6,
              batch_size=8, statistics_steps=4, checkpoint_every=3, device='cpu', method='mse')
 
 

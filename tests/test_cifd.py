@@ -8,7 +8,7 @@ import torch
 from conftest import SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_train import same_weights, start, wait_for
+from test_train import kill, same_weights, start, wait_for
 from torch.testing import assert_close
 
 from radio_nb.cifd import rate_distortion
@@ -275,10 +275,9 @@ def test_a_run_with_modules_and_no_bottleneck(tmp_path):
 @pytest.mark.parametrize('moment', ['statistics.safetensors', 'checkpoints/00000002.pt'])
 def test_a_killed_run_with_modules_goes_on_to_the_same_student(cifd_run, tmp_path, moment):
     out = tmp_path/'run'
-    process = start('distill', *CIFD_ARGS, '--out', out)
+    child = start(tmp_path/'log', 'distill', *CIFD_ARGS, '--out', out)
     wait_for(out/moment)
-    process.kill()
-    process.wait()
+    kill(child)
     main(['distill', *CIFD_ARGS, '--out', str(out), '--resume'])
     assert same_weights(out, cifd_run)
 

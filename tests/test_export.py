@@ -1,5 +1,6 @@
 "A student that leaves: every file gives what the student gives, without this library, or is not written."
-import subprocess  # noqa: I001
+import json  # noqa: I001
+import subprocess
 import sys
 from dataclasses import replace
 from math import inf
@@ -24,6 +25,7 @@ from radio_nb.front.model_card import MARK, beginnings, is_non_commercial, licen
 from radio_nb.models.eradio import ERadio
 from radio_nb.models.program import as_program, fixed_padding, named_outputs, replaced
 from radio_nb.models.student import Student
+from radio_nb.models.tensor_files import fingerprint
 from radio_nb.targets.bad_input import BadInput
 from radio_nb.training.recipe import Recipe, recipe_toml
 
@@ -33,6 +35,20 @@ STUDENTS = {'vit': ('vit_tiny_patch16_224', {'depth': 2}),
                                                          'ladder': True}),
             'pyramid': ('resnet10t', {'head_attention': 1})}
 SIZES = ((64, 64), (96, 160), (224, 128))
+
+
+PROGRAMS = {}
+
+
+def program_of(student, half=False):
+    "A program takes seconds to make, and the same student leaves in several formats."
+    key = json.dumps(student.config), fingerprint(student.state_dict()), half
+    if key not in PROGRAMS: PROGRAMS[key] = as_program(student, half)
+    return PROGRAMS[key]
+
+
+@pytest.fixture(autouse=True)
+def each_program_once(monkeypatch): monkeypatch.setattr(export, 'as_program', program_of)
 
 
 def saved(folder, name='vit_tiny_patch16_224', **options):
@@ -149,16 +165,14 @@ def small_eradio(pretrained=False, **options):
     return build_model_with_cfg(ERadio, 'small_eradio', pretrained, width=16, depths=(1, 1, 2, 1), **options)
 
 
-def test_an_e_radio_leaves_for_images_of_any_size(tmp_path, monkeypatch):
+def test_an_e_radio_leaves_for_images_of_any_size(tmp_path):
     "Its windows are padded at some sizes, and tile the maps at 224."
     [pytest.importorskip(name) for name in FORMATS['onnx'].needs]
     student = saved(tmp_path, 'small_eradio')
-    program = as_program(student)
-    run = program.module()
+    run = program_of(student).module()
     for images in (*batches(student), torch.rand(2, 3, 224, 224)):
         with torch.no_grad(): found = run(images)
         for name, own in outputs(student, images).items(): assert_close(found[name], own, rtol=1e-4, atol=1e-4)
-    monkeypatch.setattr(export, 'as_program', lambda *_: program)   # it takes seconds
     assert export_student(tmp_path, 'onnx').difference <= 1e-4
 
 

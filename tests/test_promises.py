@@ -36,11 +36,20 @@ def home(tmp_path_factory):
     return home
 
 
-@pytest.fixture
-def recipe(home, tmp_path):
+def recipe_at(home, folder):
     return Recipe(images=str(home/'images'), teachers=(f'timm:test_vit@{home}/small.safetensors#32',),
-                  out=str(tmp_path/'run'), student='test_vit', depth=1, size=32, head_width=8, steps=4, batch_size=2,
+                  out=str(folder/'run'), student='test_vit', depth=1, size=32, head_width=8, steps=4, batch_size=2,
                   statistics_steps=2, device='cpu', checkpoint_every=1, watch_every=0, hold_out=2)
+
+
+@pytest.fixture
+def recipe(home, tmp_path): return recipe_at(home, tmp_path)
+
+
+@pytest.fixture(scope='module')
+def whole(home, tmp_path_factory):
+    "The run of the recipe that nothing has happened to."
+    return run_recipe(recipe_at(home, tmp_path_factory.mktemp('whole')))
 
 
 def stop_at(step):
@@ -62,7 +71,7 @@ def flags(recipe, **changes): return ['distill', *cli.as_flags(vars(replace(reci
 
 def test_two_runs_at_once_in_one_folder(recipe, tmp_path):
     "One works, the other says who has it."
-    both = [Children(1, tmp_path/name, command, *flags(recipe, steps=150)) for name in 'ab']
+    both = [Children(1, tmp_path/name, command, *flags(recipe, steps=150, checkpoint_every=50)) for name in 'ab']
     for runs in both: runs.processes[0].join(120)
     codes = [runs.processes[0].exitcode for runs in both]
     assert sorted(codes) == [0, 2], [runs.output() for runs in both]
@@ -145,7 +154,7 @@ def test_other_images_are_noticed(recipe, home, tmp_path, change):
 
 def test_random_teachers_are_the_same_when_they_are_judged(recipe, tmp_path, capsys):
     "And every table says that their weights are random."
-    recipe = replace(recipe, teachers=('timm:test_vit@random#32',), steps=60, lr=3e-3)
+    recipe = replace(recipe, teachers=('timm:test_vit@random#32',), steps=60, lr=3e-3, checkpoint_every=60)
     cli.main(flags(recipe))
     match = json.loads((tmp_path/'run'/'match.json').read_text())['new crops']
     assert list(match['student']) == ['test_vit@random'] and 'test_vit@random' in capsys.readouterr().out
@@ -155,9 +164,8 @@ def test_random_teachers_are_the_same_when_they_are_judged(recipe, tmp_path, cap
 
 
 @pytest.mark.parametrize('byte', range(3))
-def test_a_flipped_bit_in_a_checkpoint_is_noticed(recipe, byte, capsys):
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(recipe, whole, byte, capsys):
     "In the smallest tensors as in the largest."
-    whole = run_recipe(replace(recipe, out=recipe.out + '-whole'))
     out = half_done(recipe)
     path = out/'checkpoints'/'00000002.pt'
     data, size = bytearray(path.read_bytes()), path.stat().st_size
@@ -169,8 +177,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_noticed(recipe, byte, capsys):
 
 
 @pytest.mark.parametrize('how', ['cut', 'flipped', 'empty', 'other'])
-def test_damaged_statistics_are_measured_again_to_the_same_bits(recipe, how, capsys):
-    whole = run_recipe(replace(recipe, out=recipe.out + '-whole'))
+def test_damaged_statistics_are_measured_again_to_the_same_bits(recipe, whole, how, capsys):
     out = half_done(recipe)
     path = out/'statistics.safetensors'
     data = bytearray(path.read_bytes())
@@ -182,8 +189,7 @@ def test_damaged_statistics_are_measured_again_to_the_same_bits(recipe, how, cap
         assert (out/name).read_bytes() == (whole/name).read_bytes()
 
 
-def test_a_lost_recipe_is_written_again(recipe):
-    whole = run_recipe(replace(recipe, out=recipe.out + '-whole'))
+def test_a_lost_recipe_is_written_again(recipe, whole):
     out = half_done(recipe)
     (out/'recipe.toml').write_text((out/'recipe.toml').read_text()[:100])
     with pytest.raises(BadInput, match='steps is 5 here and 4 there'): run_recipe(replace(recipe, steps=5), resume=True)
@@ -310,7 +316,7 @@ def test_the_last_lines_name_the_next_step(recipe, capsys):
 
 def test_a_finished_run_can_be_made_longer(recipe):
     "By another that goes on from its student: its first step finds the losses at which the other ended."
-    long = replace(recipe, steps=80, lr=3e-3, batch_size=4)
+    long = replace(recipe, steps=80, lr=3e-3, batch_size=4, checkpoint_every=80)
     first = run_recipe(long)
     more = replace(long, out=recipe.out + '-more', init=str(first), lr=1e-4, warmup=0.)
     second = run_recipe(more)
@@ -327,7 +333,7 @@ def test_a_finished_run_can_be_made_longer(recipe):
 def test_a_run_goes_on_from_another_with_a_teacher_that_comes_later(recipe, home):
     "Its head is brought into the space of the targets when it is measured."
     two = replace(recipe, teachers=(*recipe.teachers, 'zoo:u2netp#32'), hold_out=0, statistics_steps=30)
-    first = run_recipe(replace(two, steps=40, lr=3e-3))
+    first = run_recipe(replace(two, steps=40, lr=3e-3, checkpoint_every=40))
     saved, images, gaps = Student.from_pretrained(first), torch.rand(2, 3, 32, 32), []
     def compare(run):
         "What the student gives in training, brought back into the teachers' space, with what the saved one gives."

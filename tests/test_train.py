@@ -1,14 +1,13 @@
 "What a run survives: kills, signals, damaged checkpoints, teachers that go mad."
 import json
+import os
 import resource
 import signal
-import subprocess
-import sys
 import time
 
-import psutil
 import pytest
 import torch
+from children import Children, command
 from conftest import SMALL
 
 from radio_nb.front.cli import main
@@ -18,14 +17,29 @@ from radio_nb.targets.features import Features
 from radio_nb.targets.moments import NonFinite
 from radio_nb.targets.normalizers import Normalizer
 from radio_nb.training.monitor import check_finite
-from radio_nb.training.run_folder import load_checkpoint
 from radio_nb.training.statistics import measure
-from radio_nb.training.trainer import check_width
+from radio_nb.training.trainer import Trainer, check_width
 
 
-def start(*args):
-    return subprocess.Popen([sys.executable, '-c', 'from radio_nb.front.cli import main; main()', *map(str, args)],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def slow_command(*args):
+    "The command line, with time for a kill in each step."
+    step = Trainer.__call__
+    def slow_step(trainer, *batches):
+        time.sleep(.15)
+        return step(trainer, *batches)
+    Trainer.__call__ = slow_step
+    command(*args)
+
+
+def start(log, *args):
+    "The command in a process of its own."
+    return Children(1, log, slow_command, *args)
+
+
+def kill(child):
+    for process in child.processes:
+        process.kill()
+        process.join()
 
 
 def wait_for(path, seconds=120):
@@ -44,10 +58,9 @@ def same_weights(a, b):
                                     'checkpoints/00000002.pt', 'checkpoints/00000004.pt'])
 def test_a_killed_run_goes_on_to_the_same_student(run, tmp_path, capsys, moment):
     out = tmp_path/'run'
-    process = start('distill', *SMALL, '--out', out)
+    child = start(tmp_path/'log', 'distill', *SMALL, '--out', out)
     wait_for(out/moment)
-    process.kill()
-    process.wait()
+    kill(child)
     assert not (out/'student.safetensors').exists()
     if any((out/'checkpoints').glob('*.pt')):
         with pytest.raises(SystemExit) as refused: main(['distill', *SMALL, '--out', str(out)])
@@ -60,21 +73,20 @@ def test_a_killed_run_goes_on_to_the_same_student(run, tmp_path, capsys, moment)
 
 def test_a_signal_stops_between_steps_and_leaves_a_checkpoint(run, tmp_path):
     out = tmp_path/'run'
-    process = start('distill', *SMALL, '--out', out)
+    child = start(tmp_path/'log', 'distill', *SMALL, '--out', out)
     wait_for(out/'metrics.jsonl')
-    process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 130 and 'add --resume' in error and 'Traceback' not in error
+    os.kill(child.processes[0].pid, signal.SIGTERM)
+    child.wait(code=130)
+    assert 'add --resume' in child.output() and 'Traceback' not in child.output()
     main(['distill', *SMALL, '--out', str(out), '--resume'])
     assert same_weights(out, run[0])
 
 
 def test_a_damaged_checkpoint_is_passed_over(run, tmp_path, capsys):
     out = tmp_path/'run'
-    process = start('distill', *SMALL, '--out', out)
+    child = start(tmp_path/'log', 'distill', *SMALL, '--out', out)
     wait_for(out/'checkpoints'/'00000004.pt')
-    process.kill()
-    process.wait()
+    kill(child)
     newest = max((out/'checkpoints').glob('*.pt'))
     newest.write_bytes(newest.read_bytes()[:1000])
     main(['distill', *SMALL, '--out', str(out), '--resume'])
@@ -100,27 +112,17 @@ def test_a_full_disk_leaves_the_checkpoint_before(run, tmp_path):
     out = tmp_path/'run'
     main(['distill', *SMALL, '--steps', '2', '--out', str(tmp_path/'two')])
     size = (tmp_path/'two'/'checkpoints'/'00000002.pt').stat().st_size
-    process = start('distill', *SMALL, '--out', out)
+    child = start(tmp_path/'log', 'distill', *SMALL, '--out', out)
     wait_for(out/'checkpoints'/'00000002.pt')
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size//2, size//2))
-    _, error = process.communicate(timeout=120)
-    if process.returncode == 0: pytest.skip('the run was over before the disk was full')
-    last = error.strip().splitlines()[-1]
-    assert process.returncode == 2 and 'Traceback' not in error
+    resource.prlimit(child.processes[0].pid, resource.RLIMIT_FSIZE, (size//2, size//2))
+    child.wait(code=2)
+    last = child.output().strip().splitlines()[-1]
+    assert 'Traceback' not in child.output()
     assert 'could not be written' in last and 'the last whole checkpoint is' in last
     assert not list((out/'checkpoints').glob('*.part'))
     assert all(torch.load(path, weights_only=True)['step'] for path in (out/'checkpoints').glob('*.pt'))
     main(['distill', *SMALL, '--out', str(out), '--resume'])
     assert same_weights(out, run[0])
-
-
-def test_a_dead_worker_is_reported_in_one_line(tmp_path):
-    process = start('distill', *SMALL, '--steps', '500', '--workers', '1', '--out', tmp_path/'run')
-    wait_for(tmp_path/'run'/'checkpoints'/'00000002.pt')
-    for child in psutil.Process(process.pid).children(): child.kill()
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 2 and 'a process that decodes images died' in error and 'Traceback' not in error
-    assert load_checkpoint(tmp_path/'run'/'checkpoints')['step'] >= 2
 
 
 def test_a_teacher_that_changes_its_width_is_named():
