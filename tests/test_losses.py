@@ -60,7 +60,7 @@ def test_the_loss_of_an_image_is_the_mean_of_its_positions_that_count(kind, size
 
 
 @settings(deadline=None, max_examples=60)
-@given(sizes, sizes, st.sampled_from(['larger', 'student']), st.integers(0, 99))
+@given(sizes, sizes, st.sampled_from(GRIDS), st.integers(0, 99))
 def test_nothing_from_the_padding_reaches_a_position_that_counts(student, teacher, grid, seed):
     x, mask = torch.zeros(2, *student, 3), random_mask(seed, 2, *teacher)
     y = torch.full((2, *teacher, 3), 7.).masked_fill(~mask[..., None], 1e3)
@@ -70,11 +70,12 @@ def test_nothing_from_the_padding_reaches_a_position_that_counts(student, teache
     if mask.all(): assert counts.all()
 
 
-def test_the_two_grids_of_the_papers():
+def test_the_grids_of_the_papers():
     x, y = normal(0, 2, 4, 6, 3), normal(1, 2, 5, 3, 3)
     assert_close(spatial_loss(x, y), spatial_loss(resample(x, (5, 6)), resample(y, (5, 6))))
     assert_close(spatial_loss(x, y, grid='student'), spatial_loss(x, resample(y, (4, 6))))
-    with pytest.raises(BadInput, match="unknown grid 'teacher': known: larger, student|did you mean"):
+    assert_close(spatial_loss(x, y, grid='smaller'), spatial_loss(resample(x, (4, 3)), resample(y, (4, 3))))
+    with pytest.raises(BadInput, match="unknown grid 'teacher': known: larger, smaller, student|did you mean"):
         spatial_loss(x, y, grid='teacher')
 
 

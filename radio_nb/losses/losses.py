@@ -85,18 +85,19 @@ SPATIAL_LOSSES = {'mse': mean_square, 'cosine': cosine_distance,
                   'hyb-mse': hybrid(mean_square), 'hyb-sml1': hybrid(smooth_l1), 'dampened': dampened}
 
 # %% ../../nbs/losses/00_losses.ipynb #948528aa
-GRIDS = ('larger', 'student')
+GRIDS = ('larger', 'smaller', 'student')
 
 def same_grid(
     x:Tensor,           # the student's features, (B, h, w, D)
     y:Tensor,           # the teacher's, (B, H, W, D)
     mask:Tensor,        # which of the teacher's positions count, (B, H, W), bool
-    grid:str='larger',  # where to meet: 'larger' of the two in each direction (AM-RADIO) or 'student' (PHI-S study)
+    grid:str='larger',  # where to meet: on the 'larger' of both in each direction (AM-RADIO), the 'smaller' (RADIOv2.5)
+                        # or that of the 'student' (PHI-S study)
 )->tuple[Tensor, Tensor, Tensor]: # `x`, `y` and `mask` on that grid
     "Bring both to one grid; a position counts there if all of the teacher's it was interpolated from do."
     if grid not in GRIDS: raise unknown('grid', grid, list(GRIDS))
-    size = tuple(x.shape[1:3])
-    if grid == 'larger': size = tuple(map(max, size, y.shape[1:3]))
+    own, other = x.shape[1:3], y.shape[1:3]
+    size = {'larger': tuple(map(max, own, other)), 'smaller': tuple(map(min, own, other)), 'student': tuple(own)}[grid]
     # twice, because PyTorch 2.13 does not resample the rows of one channel when the new grid is one column wide
     weight = resample(torch.stack([mask, mask], -1).to(y.dtype), size)[..., 0]
     return resample(x, size), resample(y, size), weight > .999  # weights that sum to 1 do so only to rounding

@@ -162,7 +162,7 @@ class Learning(Task):
     damp: NotNegative = 0.              # spread of factors on the student's weights, in each part of a batch (DAMP)
     spectral: bool = False              # whether each of the student's matrices has its size as a number (AM-RADIO)
     shift: AtLeast0 = 0                 # up to so many steps of the grid windows lie off a crop's middle (C-RADIOv4)
-    grid: Literal['larger', 'student'] = 'larger'  # where grids meet: AM-RADIO's choice, or the PHI-S study's
+    grid: Literal['larger', 'smaller', 'student'] = 'larger'  # as in AM-RADIO, RADIOv2.5, the PHI-S study
     summary_weights: tuple[NotNegative, ...] = ()  # by teacher, 0 for one without a summary; 1 by default
     spatial_weights: tuple[NotNegative, ...] = ()  # by teacher; 1 by default
     head_width: AtLeast0 = 0            # inside the heads; 0 for the widest teacher
