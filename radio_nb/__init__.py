@@ -40,7 +40,7 @@ class _BeforeTorchvision(importlib.abc.MetaPathFinder):
     The torchvision on PyPI is linked to CUDA. Beside a CPU-only torch its library does not load, and then its
     import, and timm's and open_clip's with it, dies with `operator torchvision::nms does not exist`. Declaring
     the two operators that the import asks for is enough: nothing here calls them. It must happen before anyone
-    imports torchvision, hence in this file, the only one in the package that no notebook writes; and not earlier,
+    imports torchvision, hence in this file, which no notebook writes; and not earlier,
     since it needs torch, which takes seconds to load.
     """
     operators = None  # kept alive: the operators vanish with the library

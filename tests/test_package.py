@@ -51,6 +51,14 @@ def test_the_sidebar_lists_every_chapter_in_its_order():
         len([path for path in CHAPTERS if path.parent.name == part]))]
 
 
+def test_a_chapter_leads_to_the_next():
+    "By its name, in the last paragraph; what stands behind the library can be read in any order."
+    library = [path for path in CHAPTERS if path.parent.name != 'appendix']
+    for path, after in zip(library, library[1:]):
+        last = [text for text, cell in cells(path) if cell['cell_type'] == 'markdown'][-1].rpartition('\n\n')[2]
+        assert f'`{after.stem[3:]}`' in last, f'{path} does not lead to {after}'
+
+
 @pytest.mark.parametrize('name', ORDER)
 def test_a_chapter_imports_only_from_those_before_it(name):
     for other, _ in imported(name): assert ORDER.index(other) < ORDER.index(name), f'{name} imports {other}'

@@ -1,6 +1,7 @@
 "The property that PHI-S exists for, over random spectra and widths, for both ways of finding the rotation."
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -120,3 +121,16 @@ def test_registered():
     assert list(KINDS)[-2:] == ['hca', 'phi-s']
     moments = moments_with(random_covariance(6, 10, 0))
     assert_close(fit_normalizer('phi-s', moments).weight, fit_phi_s(moments)[0].float())
+
+
+def test_the_lines_of_the_readme_are_all_that_another_trainer_needs():
+    block, = [block for block in (ROOT/'README.md').read_text().split('```') if 'moments = Moments(768)' in block]
+    *lines, last = block.removeprefix('python\n').strip().splitlines()
+    head, images = torch.nn.Sequential(torch.nn.Linear(5, 12)), torch.randn(20, 4, 7, 7, 8)
+    names = {'teacher': torch.nn.Linear(8, 12).requires_grad_(False), 'loader': images, 'head': head,
+             'x': torch.randn(4, 7, 7, 5), 'device': torch.device('cpu')}
+    exec('\n'.join(lines).replace('768', '12'), names)
+    assert names['loss'].requires_grad
+    learned = head(names['x'])
+    exec(last, names)
+    assert_close(names['normalizer'](head(names['x'])), learned, rtol=1e-4, atol=1e-4)
