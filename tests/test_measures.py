@@ -266,6 +266,9 @@ def test_a_teacher_that_says_nothing_leaves_nothing_to_explain():
     nothing = torch.zeros(1, 0)
     match.update(Features(nothing, torch.randn(1, 1, 1, 4)), Features(nothing, torch.ones(1, 1, 1, 4)))
     assert isnan(match.result()['explained'])
+    match = Match()   # the mean of three such numbers is none of them
+    match.update(*(Features(torch.zeros(3, 0), torch.full((3, 1, 1, 1), x).double()) for x in (1., .1)))
+    assert isnan(match.result()['explained'])
 
 
 def test_folders(tmp_path):

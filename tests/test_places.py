@@ -1,4 +1,6 @@
 "Warps, and what is found again after them."
+from math import isfinite
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +16,9 @@ from radio_nb.evaluation.places import (
     sought,
     warped,
 )
+from radio_nb.evaluation.scores import EvalData
+from radio_nb.evaluation.suites import place_suite, teacher_eval_model
+from radio_nb.models.teachers import load_teacher
 
 
 def ramp(height, width):
@@ -57,6 +62,12 @@ def test_a_pattern_in_batches_is_that_of_all():
     assert_close(meter.by_position(), pattern/grids.double().flatten(0, 3).var(0, correction=0).sum())
 
 
+def test_a_pattern_beside_a_mean_that_is_far_larger():
+    torch.manual_seed(0)
+    grids = torch.randn(1, 50, 3, 4, 6).double() + 2*torch.randn(3, 4, 6)
+    assert_close(fixed_pattern(*(1e8 + grids)), fixed_pattern(*grids), rtol=1e-6, atol=1e-6)
+
+
 def test_far_is_not_found():
     places = torch.zeros(1, 2, 2)
     assert share_found(places, torch.tensor([[[.19, 0.], [.21, 0.]]])).tolist() == [.5]
@@ -71,3 +82,9 @@ def test_an_image_has_the_same_warp_in_whatever_batch():
     def grid_of(x): return torch.nn.functional.avg_pool2d(x, 4).movedim(1, -1)
     for part in images.split(3): parts.update(grid_of, part)
     assert_close(parts.result(), whole.update(grid_of, images).result())
+
+
+def test_a_single_image_has_no_score_for_a_pattern():
+    model = teacher_eval_model(load_teacher('zoo:u2netp#64'), 'u2netp')
+    scores = place_suite(model, EvalData(images='zoo:photos', limit=1), {})
+    assert scores and all(isfinite(score.value) for score in scores)

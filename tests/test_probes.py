@@ -207,7 +207,7 @@ def test_void_teaches_nothing():
     assert_close(alone.head[1].weight, torch.zeros(3, 3, 1, 1), atol=0, rtol=0)
 
 
-@pytest.mark.parametrize('unit', [.1, 100.])
+@pytest.mark.parametrize('unit', [1e-5, 1e-3, .1, 100.])
 def test_the_unit_of_grids_does_not_count(unit):
     (x, masks), (y, test_masks) = grids(8), grids(seed=1)
     probes = [segmentation_probe((u*x + 3*u, masks), (u*y + 3*u, test_masks), 3) for u in (1., unit)]

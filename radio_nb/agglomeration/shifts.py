@@ -28,6 +28,8 @@ class FixedPattern:
     )->'FixedPattern':
         "Take in a batch."
         x = in_float64(torch.stack(views))
+        if not self.n: self.middle = x.mean((0, 1, 2, 3))   # far from it the squares below would swallow the variance
+        x = x - self.middle
         self.x, self.x2 = self.x + x.mean((0, 2, 3)).sum(0), self.x2 + x.square().sum(-1).mean((0, 2, 3)).sum()
         z = x.mean(0)
         z = z - z.mean((1, 2), keepdim=True)

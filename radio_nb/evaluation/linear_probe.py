@@ -56,8 +56,8 @@ def loss_and_gradients(
         loss -= log_p.gather(1, y[:, None]).sum().item()
         error = log_p.exp_()
         error[torch.arange(len(y), device=y.device), y] -= 1
-        to_weight += (error.T @ x).to(weight)
-        to_bias += error.sum(0).to(bias)
+        to_weight += (error.T @ x).cpu().to(weight)   # in two steps, for a device without float64
+        to_bias += error.sum(0).cpu().to(bias)
     return loss/len(rows), to_weight/len(rows), to_bias/len(rows)
 
 # %% ../../nbs/evaluation/03_linear_probe.ipynb #c98cbaca

@@ -120,8 +120,9 @@ class Match:
         of a thorough match `cka`, `rankme` and `rankme_teacher` of the grid."""
         if not self.positions: raise BadInput('no images were compared')
         total, width = self.teacher.m2.sum().item(), len(self.teacher.m2)   # sum of squares about the mean
-        # a teacher that says the same everywhere leaves nothing to explain
-        explained = 1 - self.squared_error/total if total else nan
+        # a teacher that says the same everywhere leaves nothing to explain but what its mean was rounded by
+        constant = (self.teacher.m2/self.teacher.n).max() <= (1e-14*self.teacher.mean.abs().max())**2
+        explained = nan if constant else 1 - self.squared_error/total
         found = {'explained': explained, 'mse': self.squared_error/(self.positions*width),
                  'cosine': self.cosine/self.positions, 'summary_cosine': self.summary_cosine/self.images,
                  'error_range': self.error.range()}

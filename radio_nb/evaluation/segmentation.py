@@ -126,8 +126,8 @@ def cached_grids(
     grids, masks = [], []
     for images, mask in batches:
         with torch.inference_mode(): grid = spatial(images).cpu()
-        half = grid.half()
-        grids.append(half if half.isfinite().all() else grid)
+        half = grid.half()   # infinite for what is very large, and 0 for what is very small
+        grids.append(half if (half - grid).abs().max() <= 1e-3*grid.abs().max() else grid)
         masks.append(mask)
     if not grids: raise BadInput('there are no labelled images to probe with')
     return torch.cat(grids), torch.cat(masks)
@@ -188,8 +188,9 @@ def segmentation_probe(
     "How well a linear map of frozen grids predicts masks. Raises `BadInput` for sets that do not fit."
     for (grids, masks), what in ((train, 'training'), (test, 'test')): _check_grids(grids, masks, classes, ignore, what)
     check_pair(train[0], test[0], 'grids')
-    width = train[0].shape[-1]
-    norm = nn.BatchNorm2d(width, momentum=None)   # a plain average: of few batches a moving one remembers its start
+    width, largest = train[0].shape[-1], train[0][:64].float().var((0, 1, 2), correction=0).max().item()
+    # a plain average, since of few batches a moving one remembers its start; and in the unit of the grids
+    norm = nn.BatchNorm2d(width, eps=1e-5*min(1., largest) or 1e-5, momentum=None)
     head = nn.Sequential(norm, nn.utils.skip_init(nn.Conv2d, width, classes, 1)).to(device)
     for parameter in head[1].parameters(): nn.init.zeros_(parameter)
     _fit_head(head, *train, ignore, epochs, batch_size, lr, seed)

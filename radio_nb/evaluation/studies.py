@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from functools import partial
+from math import isnan
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,8 +116,9 @@ def run_study(
 def holm(
     p_values:list[float],
 )->list[float]:            # in the same order, none above 1
-    "Holm's correction for several comparisons: each may be read as if it were the only one."
-    corrected, least = [0.]*len(p_values), 0.
+    """Holm's correction for several comparisons: each may be read as if it were the only one. A p that is not a number,
+    as of two arms with the same results, counts as 1."""
+    p_values, corrected, least = [1. if isnan(p) else p for p in p_values], [0.]*len(p_values), 0.
     for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         least = max(least, min(1., p_values[i]*(len(p_values) - rank)))
         corrected[i] = least

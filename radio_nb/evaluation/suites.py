@@ -407,7 +407,7 @@ def place_suite(
     skipped.update(readable.skipped)
     if not readable.n: return []
     return [Score(model.name, measure, value, readable.n, readable.total, 'places', data.describe('images'))
-            for measure, value in meter.result().items()]
+            for measure, value in meter.result().items() if isfinite(value)]   # a single image shows no pattern
 
 # %% ../../nbs/evaluation/08_suites.ipynb #e0db38f2
 def decoder_suite(

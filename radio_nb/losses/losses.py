@@ -99,8 +99,8 @@ def same_grid(
     own, other = x.shape[1:3], y.shape[1:3]
     size = {'larger': tuple(map(max, own, other)), 'smaller': tuple(map(min, own, other)), 'student': tuple(own)}[grid]
     # twice, because PyTorch 2.13 does not resample the rows of one channel when the new grid is one column wide
-    weight = resample(torch.stack([mask, mask], -1).to(y.dtype), size)[..., 0]
-    return resample(x, size), resample(y, size), weight > .999  # weights that sum to 1 do so only to rounding
+    padding = resample(torch.stack([~mask, ~mask], -1).to(y.dtype), size)[..., 0]
+    return resample(x, size), resample(y, size), padding == 0
 
 # %% ../../nbs/losses/00_losses.ipynb #de0de27d
 def spatial_loss(
