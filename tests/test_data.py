@@ -16,7 +16,7 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageColumn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.testing import assert_close
 
 from radio_nb.data.crops import (
@@ -29,9 +29,10 @@ from radio_nb.data.crops import (
     resize,
     shortest_side,
 )
-from radio_nb.data.images import UNDECODED, Unreadable, decode, hold_out, images_fingerprint, open_images
+from radio_nb.data.images import UNDECODED, Unreadable, decode, hold_out, images_fingerprint, open_images, to_rgb
 from radio_nb.data.streams import StreamedCrops, crop_stream
 from radio_nb.models.randomness import rng_shard, uniform
+from radio_nb.models.student import upright
 from radio_nb.targets.bad_input import BadInput
 from radio_nb.targets.features import height_width
 
@@ -271,6 +272,20 @@ def test_a_draft_is_made_where_it_saves_something_and_only_there():
     assert decode(jpeg(1200, 900, exif=turned), 450).size == (450, 600)
     assert decode(jpeg(40, 40), 1).size == (20, 20)   # not below what `decode` takes for an image
     with pytest.raises(Unreadable, match='is only 40 × 8 pixels'): decode(jpeg(40, 8), 1)
+
+
+@pytest.mark.parametrize('turn', range(10))
+def test_a_picture_is_turned_as_pillow_turns_it(turn):
+    entry = Image.Exif()
+    entry[0x0112] = turn
+    image = Image.open(BytesIO(jpeg(40, 24, exif=entry)['bytes']))
+    found, expected = upright(image), ImageOps.exif_transpose(image)
+    assert found.size == expected.size and found.tobytes() == expected.tobytes()
+    assert upright(found).tobytes() == found.tobytes()   # once
+
+
+def test_a_picture_with_a_damaged_entry_stays_as_it_is():
+    assert to_rgb(Image.open(BytesIO(jpeg(40, 24, dpi=(72, 72), exif=b'Exif\0\0junkjunk')['bytes']))).size == (40, 24)
 
 
 def test_drafts_are_off_unless_asked_for_and_rows_keep_them():

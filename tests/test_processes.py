@@ -175,6 +175,38 @@ def test_a_sharded_run_that_was_stopped_goes_on(sharded, home, tmp_path, again):
     assert weights_apart(weights(out), weights(sharded[True])) < (1e-6 if again == 2 else 1e-4)
 
 
+@pytest.mark.parametrize('begun, fields', [
+    (1, {}), (2, {'heads_only': STEPS}), (2, {'teachers': TWO, 'spatial_weights': (1., 0.), 'accumulate': 2})])
+def test_a_sharded_run_goes_on_where_not_all_weights_have_moments(home, tmp_path, begun, fields):
+    "Because one process has numbered them, or because some have had no gradient yet."
+    whole = replace(recipe_of('plain', home, tmp_path/'whole'), shard=True, **fields)
+    broken = replace(whole, out=str(tmp_path/'broken'))
+    Children(2, tmp_path/'whole-log', train, whole).wait()
+    stop(Children(begun, tmp_path/'first', train, broken), tmp_path/'broken', 4)
+    Children(2, tmp_path/'second', train, broken, True).wait()
+    assert weights_apart(weights(tmp_path/'broken'), weights(tmp_path/'whole')) < (1e-6 if begun == 2 else 1e-4)
+
+
+def train_twice(*recipes):
+    for recipe in recipes: train(recipe)
+
+
+def test_a_script_may_train_several_students(home, tmp_path):
+    first, second = (replace(recipe_of('plain', home, tmp_path/name), steps=2) for name in ('first', 'second'))
+    Children(2, tmp_path/'log', train_twice, first, second).wait()
+    assert weights_apart(weights(tmp_path/'first'), weights(tmp_path/'second')) == 0
+
+
+def test_what_a_launcher_was_configured_to_do_does_not_count(home, tmp_path, monkeypatch):
+    logged = []
+    for times in (None, '4'):
+        if times: monkeypatch.setenv('ACCELERATE_GRADIENT_ACCUMULATION_STEPS', times)
+        out = tmp_path/f'{times}'
+        Children(1, tmp_path/f'log-{times}', train, replace(recipe_of('plain', home, out), steps=2, log_every=1)).wait()
+        logged.append([json.loads(line)['gradient'] for line in (out/'metrics.jsonl').open()])
+    assert logged[0] == logged[1]
+
+
 def launch(n, *args):
     "Start the command in `n` processes that train together, as a user would."
     launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n),

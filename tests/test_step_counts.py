@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo import register_backend
+from torch._dynamo.testing import CompileCounter
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -123,6 +125,19 @@ def test_nothing_is_compiled_after_the_first_step(teachers):
     for batch in batches[:2]: trainer(*batch)   # the second has losses of the first, for the dropout of teachers
     with torch._dynamo.config.patch(error_on_recompile=True):
         for batch in batches[2:]: trainer(*batch)
+
+
+def test_every_microbatch_is_compiled(teachers):
+    "By default torch leaves what is behind the eighth program as it is."
+    counts = []
+    for accumulate in (1, 12):
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        register_backend(counter, name=f'counter-{accumulate}')
+        trainer, batches = new_trainer(teachers, batch_size=12, accumulate=accumulate, compile=f'counter-{accumulate}')
+        trainer(*batches[0])
+        counts.append(counter.frame_count)
+    assert counts[1] - counts[0] >= 11
 
 
 @pytest.mark.parametrize('optimizer, most', [('adamw', 0.), ('lamb', .01)])   # LAMB's momentum goes on

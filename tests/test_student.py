@@ -19,8 +19,9 @@ from torch.testing import assert_close
 from radio_nb.cifd.controlled_flow import TokenBottleneck
 from radio_nb.front.cli import main
 from radio_nb.data.images import to_rgb
-from radio_nb.models.backbones import TimmNetwork, Transformer, find_network, new_backbone
+from radio_nb.models.backbones import StochasticDepth, TimmNetwork, Transformer, find_network, new_backbone
 from radio_nb.models.eradio import ERadio
+from radio_nb.models.randomness import rng_shard
 from radio_nb.models.student import Head, Student, check_microbatch
 from radio_nb.models.tokens import from_windows, into_windows, windowed, windowed_blocks
 from radio_nb.targets.bad_input import BadInput
@@ -34,6 +35,22 @@ def small(name='vit_tiny_patch16_224', bottleneck=False, **options):
     student = Student(name, TEACHERS, head_width=32, **depth, **options)
     if bottleneck: student.neck = TokenBottleneck(student.backbone.dim)
     return student
+
+
+def test_a_part_of_a_batch_leaves_out_the_blocks_that_the_whole_leaves_out():
+    x, depth = torch.rand(6, 2, 3), StochasticDepth(.5)
+    def drawn(rank, world):
+        torch.manual_seed(0)
+        with rng_shard(rank, world): return depth(x[rank::world])
+    whole = drawn(0, 1)
+    assert set(whole.flatten(1).eq(0).all(1).tolist()) == {True, False}
+    assert_close(whole[whole != 0], 2*x[whole != 0])
+    for world in (2, 3):
+        for rank in range(world): assert torch.equal(drawn(rank, world), whole[rank::world])
+    assert torch.equal(depth.eval()(x), x)
+    swin = new_backbone('swinv2_tiny_window8_256', 1)
+    assert not any(isinstance(module, timm.layers.DropPath) for module in swin.modules())
+    assert any(isinstance(module, StochasticDepth) for module in swin.modules())
 
 
 def test_a_transformer_that_averages_ends_in_its_normalization_too():

@@ -24,10 +24,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetInfo, Features as Columns, Image as ImageColumn, IterableDataset, load_dataset
 from datasets.iterable_dataset import ExamplesIterable
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..targets.bad_input import BadInput
 from ..models.zoo import photographs
+from ..models.student import upright
 
 # %% ../../nbs/data/00_images.ipynb #696f25bf
 with suppress(ImportError):
@@ -288,7 +289,7 @@ def to_rgb(
     image:Image.Image, # as Pillow opened it
 )->Image.Image:        # 8 bits, three channels, upright
     "An image as a viewer would show it, on white where it is transparent. Raises `Unreadable`, see `grey_levels`."
-    image = ImageOps.exif_transpose(image)
+    image = upright(image)
     if image.mode[0] in 'IF': return Image.fromarray(grey_levels(np.asarray(image), 1 if image.mode == 'F' else 65535))
     if image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info:
         image = image.convert('RGBA')

@@ -7,9 +7,11 @@ __all__ = ['LAUNCHED', 'shard', 'new_accelerator', 'shard_of', 'distribute', 'gr
            'load_full_state_dict']
 
 # %% ../../nbs/training/03_distributed.ipynb #09209889
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 
 import torch
@@ -56,7 +58,14 @@ def new_accelerator(
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
     # Accelerate keeps a device for as long as Python runs, and a process that nobody launched may want another one next
     cpu = device.type == 'cpu' and not LAUNCHED.isdisjoint(os.environ)
-    return Accelerator(cpu=cpu, device_placement=False, kwargs_handlers=[how, patience], **tracking)
+    # what `accelerate launch` was configured to do to precision and gradients is for the recipe to say
+    return Accelerator(mixed_precision='no', cpu=cpu, device_placement=False, kwargs_handlers=[how, patience],
+                       **tracking)
+
+@atexit.register
+def _end_group():
+    "Once, at the end of Python: one script may train several students."
+    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
 def shard_of(accelerator:Accelerator)->dict[str, int]:
     "Which shard of a batch this process has, as `image_batches` and `rng_shard` take it."
@@ -102,11 +111,23 @@ def full_state_dict(
     if not isinstance(module, FSDPModule): return module.state_dict(), optimizer.state_dict()
     return get_model_state_dict(module, options=_full), get_optimizer_state_dict(module, optimizer, options=_full)
 
+def _by_name(state, module, optimizer):
+    "An optimizer's state by the names of its weights, as FSDP has it; a single process has saved it by their numbers."
+    names = {weight: name for name, weight in module.named_parameters()}
+    own = [names[weight] for group in optimizer.param_groups for weight in group['params']]
+    of = dict(zip((key for group in state['param_groups'] for key in group['params']), own, strict=True))
+    def named(group): return group | {'params': [of[key] for key in group['params']]}
+    return {'state': {of[key]: value for key, value in state['state'].items()},
+            'param_groups': list(map(named, state['param_groups']))}
+
 def load_full_state_dict(module:nn.Module, optimizer:torch.optim.Optimizer, weights:dict[str, Tensor], state:dict):
     "Take up what `full_state_dict` gave, on all processes."
     if isinstance(module, FSDPModule):
         set_model_state_dict(module, weights, options=_full)
-        set_optimizer_state_dict(module, optimizer, state, options=_full)
+        state = _by_name(state, module, optimizer)
+        set_optimizer_state_dict(module, optimizer, state, options=replace(_full, strict=False))
+        for name, weight in module.named_parameters():   # which torch has given a step that was never taken
+            if name not in state['state']: optimizer.state.pop(weight, None)
     else:
         module.load_state_dict(weights)
         optimizer.load_state_dict(state)

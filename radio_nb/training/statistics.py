@@ -92,8 +92,10 @@ def merge_ranks(
     accelerator:Accelerator,
 )->dict[str, Statistics]:             # what all have seen, the same bits on every process
     "Merge the statistics of all processes, in the order of their ranks."
-    by_rank = gather_object([{name: (s.spatial.state_dict(), s.summary.cpu(), [x.cpu() for x in s.sample],
-                                     [x.cpu() for x in s.directions]) for name, s in statistics.items()}])
+    def moved(s): # a tensor would come back on the device of its sender
+        state = {key: x.cpu() for key, x in s.spatial.state_dict().items()}
+        return state, s.summary.cpu(), [x.cpu() for x in s.sample], [x.cpu() for x in s.directions]
+    by_rank = gather_object([{name: moved(s) for name, s in statistics.items()}])
     merged = {}
     for name, own in statistics.items():
         moments = Moments(own.spatial.dim, own.spatial.name)

@@ -321,8 +321,8 @@ def run_recipe(
                 start_stage(run, stage)
                 train_stage(run, stage)
         if run.main: finish(run)
-        accelerator.wait_for_everyone()   # before the group of processes ends, as Accelerate ends it with the training
+        accelerator.wait_for_everyone()
     run.trainer = None   # before the group of processes: DDP's end, with Python's lock held, could wait for ever
     accelerator.free_memory()
-    accelerator.end_training()
+    for tracker in accelerator.trackers: tracker.finish()   # not the group: another run may come
     return out

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['check_width', 'normalize_targets', 'with_student', 'student_voices', 'Frozen', 'grid_from', 'DistillStep',
            'Microbatch', 'microbatches', 'log_terms', 'reduce_terms', 'teacher_terms', 'retarget', 'clip',
-           'skip_broken', 'new_optimizer', 'TrainState', 'draw_window', 'heads_alone', 'average_grid',
-           'microbatch_loss', 'choose_what_learns', 'first_averages', 'progress', 'step_seed', 'after_step', 'Trainer',
-           'teacher_gradient_norms']
+           'skip_broken', 'compiled_programs', 'allow_programs', 'new_optimizer', 'TrainState', 'draw_window',
+           'heads_alone', 'average_grid', 'microbatch_loss', 'choose_what_learns', 'first_averages', 'progress',
+           'step_seed', 'after_step', 'Trainer', 'teacher_gradient_norms']
 
 # %% ../../nbs/training/07_trainer.ipynb #ed4a9115
 from typing import NamedTuple
@@ -35,8 +35,8 @@ from ..agglomeration.shifts import moved, shared_positions
 from ..agglomeration.spectral import iterate
 from ..listening.lesson import Lesson, Voice
 from ..listening.listeners import Listening
-from .recipe import Recipe
-from .stages import BatchPartition, StagePlan, learning_rate, teacher_dropout
+from .recipe import Recipe, teacher_names
+from .stages import BatchPartition, StagePlan, learning_rate, plan_stages, teacher_dropout
 from .distributed import distribute, full_state_dict, grad_sync, load_full_state_dict, new_accelerator
 from .distributed import shard
 from .statistics import Source
@@ -250,6 +250,18 @@ def skip_broken(
     for grad in gradients: getattr(grad, 'to_local', lambda grad=grad: grad)().masked_fill_(broken, 0)
 
 # %% ../../nbs/training/07_trainer.ipynb #40ad5082
+def compiled_programs(recipe:Recipe)->int:
+    "At most so many programs a step is compiled to: by microbatch, size, windows, mode, and what learns."
+    stages = plan_stages(recipe, list(teacher_names(recipe.teachers)))
+    sizes = sum(len(part.sizes()) for stage in stages for part in stage.parts)
+    return 4*recipe.accumulate*sizes*max(1, len(recipe.windows))
+
+def allow_programs(count:int):
+    "Let torch compile a function so often; it would leave all after the eighth as they are."
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, count)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 8*count)
+
 def new_optimizer(
     recipe:Recipe,
     model:nn.Module|list[dict],  # a network, or groups of its parameters
@@ -263,7 +275,9 @@ class TrainState:
     def __init__(self, distill_step:DistillStep, recipe:Recipe, accelerator:Accelerator):
         self.distill_step, self.recipe, student = distill_step, recipe, distill_step.student
         self.ema = ModelEmaV3(student, recipe.ema, use_warmup=True) if recipe.ema else None
-        if recipe.compile: distill_step.compile(backend=recipe.compile, dynamic=False)   # for each of a few sizes
+        if recipe.compile:
+            allow_programs(compiled_programs(recipe))
+            distill_step.compile(backend=recipe.compile, dynamic=False)   # for each of a few sizes
         # what is called in place of `distill_step`: the same, DDP or FSDP
         self.model = distribute(distill_step, list(getattr(student.backbone, 'blocks', [])), accelerator, recipe.shard)
         self.new_optimizer()
@@ -424,7 +438,7 @@ class Trainer:
         "Learn from one batch; gives its line for the log, and waits for nothing."
         recipe, accelerator, terms, seed = self.recipe, self.accelerator, [], step_seed(self)
         losses = {name: loss for name, loss in self.last_losses.items() if name in self.names}
-        active = teacher_dropout(losses, list(self.normalizers), recipe.teacher_dropout, seed)
+        active = teacher_dropout(losses, list(self.normalizers), recipe.teacher_dropout, mixed_seed(seed, 8))
         choose_what_learns(self)
         micros = microbatches(self.sources, batches, recipe.accumulate, seed, accelerator)
         first_averages(self, micros)
@@ -435,7 +449,7 @@ class Trainer:
             with micro.noise(self.student, recipe.damp), grad_sync(self.state.model, accelerator, micro.last):
                 loss, more = microbatch_loss(self, micro, active)
                 with self.timer('student'):
-                    accelerator.backward(loss/recipe.accumulate)   # the last one averages gradients over processes
+                    (loss/recipe.accumulate).backward()   # the last one averages gradients over processes
             terms += more
 
         values, lr = reduce_terms(accelerator, terms), learning_rate(self.step, self.plan, recipe)
