@@ -12,7 +12,7 @@ import pytest
 from children import Children, other_teacher, small_images, train
 
 from radio_nb.models.student import Student
-from radio_nb.training.recipe import Partition, Recipe, Stage
+from radio_nb.training.recipe import Listen, Partition, Recipe, Stage
 
 KILLS, STEPS = 20, 13
 
@@ -28,7 +28,8 @@ def hard(tmp_path_factory):
     recipe = Recipe(images=small_images(home/'images'), teachers=teachers, out=str(home/'undisturbed'),
                     depth=2, size=64, head_width=32, batch_size=8, accumulate=2, stages=stages, statistics_steps=6,
                     heads_only=3, ema=.9, teacher_dropout=.5, views=2, cache=str(home/'cache'), checkpoint_every=1,
-                    keep=2, device='cpu', watch_every=3, warmup=.3)
+                    keep=2, device='cpu', watch_every=3, warmup=.3,
+                    listen=(Listen('mgd', .1), Listen('attention', .1, 'rising')))
     Children(1, home/'first', time.sleep, 0).wait()   # starts the server
     child = Children(1, home/'undisturbed', train, recipe)
     return recipe, Path(recipe.out), child.wait()
