@@ -433,7 +433,9 @@ def test_who_compares_images_wants_the_batch_whole(recipe, monkeypatch):
         check_recipe(replace(own, accumulate=2))
     student = SimpleNamespace(backbone=SimpleNamespace(patch=16, stride=16))
     check_sizes(own, (), student, 1)
-    with pytest.raises(BadInput, match='which 2 processes would divide: start one'): check_sizes(own, (), student, 2)
+    for name in [name for name, listener in LISTENERS.items() if listener.compares_images]:
+        with pytest.raises(BadInput, match=f'listener {name} compares .* which 2 processes would divide: start one'):
+            check_sizes(replace(own, listen=(Listen(name),)), (), student, 2)
 
 
 def test_a_classifier_is_the_teacher_s_own():
