@@ -141,7 +141,7 @@ class Listening(nn.Module):
         voices = {name: Voice(*own, logits.get(name), masks.get(name), name) for name, own in targets.items()}
         device = next(iter(targets.values())).spatial.device
         if labels is not None: labels = to_device(labels, device)
-        # as a number it would be compiled anew in every step
+        # as a number it would be compiled again in every step
         return Lesson({}, voices, labels, torch.full((), progress, device=device))
 
     def forward(self,

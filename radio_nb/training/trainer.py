@@ -377,7 +377,7 @@ def microbatch_loss(
     return loss, log_terms(part, loss, losses, {'bits': step.bits(), 'mesa': step.apart}, trainer.recipe.accumulate)
 
 def choose_what_learns(trainer):
-    """Heads alone, or the backbone with them. Where it joins them LAMB begins anew: timm's counts steps for both
+    """Heads alone, or the backbone with them. Where it joins them LAMB begins again: timm's counts steps for both
     together, and would take the backbone's moments, which begin there, for old ones."""
     recipe, trainer.student.heads_only = trainer.recipe, heads_alone(trainer)
     if recipe.optimizer == 'lamb' and 0 < recipe.heads_only == trainer.step: trainer.state.new_optimizer()
