@@ -85,6 +85,6 @@ def test_an_image_has_the_same_warp_in_whatever_batch():
 
 
 def test_a_single_image_has_no_score_for_a_pattern():
-    model = teacher_eval_model(load_teacher('zoo:u2netp#64'), 'u2netp')
+    model = teacher_eval_model(load_teacher('zoo:u2netp#64'), 'zoo:u2netp#64')
     scores = place_suite(model, EvalData(images='zoo:photos', limit=1), {})
     assert scores and all(isfinite(score.value) for score in scores)
