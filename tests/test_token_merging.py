@@ -45,3 +45,9 @@ def test_the_gradient_goes_through_and_half_precision_stays():
     grid = torch.randn(1, 4, 4, 3, dtype=torch.float64, requires_grad=True)
     torch.autograd.gradcheck(lambda x: merge_tokens(x, 2, 7).tokens, grid)
     assert merge_tokens(grid.detach().bfloat16(), 2).tokens.dtype == torch.bfloat16
+
+
+def test_an_image_of_768_pixels_is_256_vectors():
+    "The case of the RADIOv2.5 paper: 48 × 48 positions, a destination for every 3 × 3 of them, 2048 merged."
+    merged = merge_tokens(torch.randn(1, 48, 48, 4, generator=torch.Generator().manual_seed(0)), 3)
+    assert merged.tokens.shape == (1, 256, 4) and merged.sizes.sum() == 2304
