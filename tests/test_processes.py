@@ -29,7 +29,7 @@ PLAIN = Recipe(images='', teachers=('zoo:u2netp#64',), out='', depth=2, size=64,
 TWO = ('zoo:u2netp#64', 'zoo:u2netp#96')
 MIXED = (Partition(.5, 64), Partition(.5, (64, 32), TWO[1:]))
 CASES = {'plain': {}, 'streamed': {'images': 'stream'},
-         'parts': {'teachers': TWO, 'stages': (Stage(STEPS, partitions=MIXED),), 'accumulate': 2, 'views': 2,
+         'parts': {'teachers': TWO, 'stages': (Stage(STEPS, partitions=MIXED),), 'accumulate': 2, 'views': 3,
                    'cache': 'cache', 'ema': .9},
          'information': {'information': (10., 1.), 'information_steps': 5}}
 

@@ -35,8 +35,8 @@ from ..agglomeration.shifts import moved, shared_positions
 from ..agglomeration.spectral import iterate
 from ..listening.lesson import Lesson, Voice
 from ..listening.listeners import Listening
-from .recipe import Recipe, teacher_names
-from .stages import BatchPartition, StagePlan, learning_rate, plan_stages, teacher_dropout
+from .recipe import Recipe
+from .stages import BatchPartition, StagePlan, learning_rate, teacher_dropout
 from .distributed import distribute, full_state_dict, grad_sync, load_full_state_dict, new_accelerator
 from .distributed import shard
 from .statistics import Source
@@ -249,11 +249,11 @@ def skip_broken(
         return
     for grad in gradients: getattr(grad, 'to_local', lambda grad=grad: grad)().masked_fill_(broken, 0)
 
-# %% ../../nbs/training/07_trainer.ipynb #40ad5082
+# %% ../../nbs/training/07_trainer.ipynb #5eed0010
 def compiled_programs(recipe:Recipe)->int:
     "At most so many programs a step is compiled to: by microbatch, size, windows, mode, and what learns."
-    stages = plan_stages(recipe, list(teacher_names(recipe.teachers)))
-    sizes = sum(len(part.sizes()) for stage in stages for part in stage.parts)
+    parts = [(part, stage) for stage in recipe.stages for part in stage.partitions or (stage,)] or [(recipe, recipe)]
+    sizes = sum(max(1, len(part.sizes or stage.sizes or recipe.sizes)) for part, stage in parts)
     return 4*recipe.accumulate*sizes*max(1, len(recipe.windows))
 
 def allow_programs(count:int):
@@ -270,6 +270,7 @@ def new_optimizer(
     more = {'adamw': {'fused': True}, 'lamb': {'max_grad_norm': None}}.get(recipe.optimizer, {})
     return timm.optim.create_optimizer_v2(model, recipe.optimizer, recipe.lr, recipe.weight_decay, **more)
 
+# %% ../../nbs/training/07_trainer.ipynb #40ad5082
 class TrainState:
     "Weights, their average, and the optimizer, in one process or several."
     def __init__(self, distill_step:DistillStep, recipe:Recipe, accelerator:Accelerator):
