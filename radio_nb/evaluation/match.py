@@ -68,6 +68,10 @@ class _ChannelVariance:
         self.m2 = self.m2 + (rows - mean).square().sum(0) + delta.square()*(self.n*len(rows)/n)
         self.mean, self.n = self.mean + delta*(len(rows)/n), n
 
+    def constant(self)->bool:
+        "Whether nothing varies but by what the mean was rounded."
+        return bool((self.m2/self.n).max() <= (1e-14*self.mean.abs().max())**2)
+
     def range(self)->float:
         "The largest variance less the smallest."
         return ((self.m2.max() - self.m2.min())/self.n).item()
@@ -120,9 +124,7 @@ class Match:
         of a thorough match `cka`, `rankme` and `rankme_teacher` of the grid."""
         if not self.positions: raise BadInput('no images were compared')
         total, width = self.teacher.m2.sum().item(), len(self.teacher.m2)   # sum of squares about the mean
-        # a teacher that says the same everywhere leaves nothing to explain but what its mean was rounded by
-        constant = (self.teacher.m2/self.teacher.n).max() <= (1e-14*self.teacher.mean.abs().max())**2
-        explained = nan if constant else 1 - self.squared_error/total
+        explained = nan if self.teacher.constant() else 1 - self.squared_error/total   # nothing, where nothing varies
         found = {'explained': explained, 'mse': self.squared_error/(self.positions*width),
                  'cosine': self.cosine/self.positions, 'summary_cosine': self.summary_cosine/self.images,
                  'error_range': self.error.range()}
