@@ -284,6 +284,15 @@ def test_a_picture_is_turned_as_pillow_turns_it(turn):
     assert upright(found).tobytes() == found.tobytes()   # once
 
 
+def test_a_picture_with_damaged_pixels_cannot_be_used():
+    "Looking for the EXIF entry of a PNG reads its pixels, and finds out first."
+    file = BytesIO()
+    Image.effect_noise((64, 64), 90).save(file, 'PNG')
+    damaged = bytearray(file.getvalue())
+    damaged[len(damaged)//4:len(damaged)//4 + 64] = bytes(64)
+    with pytest.raises(Unreadable): decode({'path': None, 'bytes': bytes(damaged)})
+
+
 def test_a_picture_with_a_damaged_entry_stays_as_it_is():
     assert to_rgb(Image.open(BytesIO(jpeg(40, 24, dpi=(72, 72), exif=b'Exif\0\0junkjunk')['bytes']))).size == (40, 24)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from children import Children, command, small_images, train
 from test_kills import losses
 from test_processes import train_double
@@ -17,6 +18,7 @@ from radio_nb.data.crops import fetch
 from radio_nb.front import cli
 from radio_nb.models.student import Student
 from radio_nb.targets.bad_input import BadInput
+from radio_nb.training import distributed
 from radio_nb.training.recipe import Recipe
 from radio_nb.training.run_folder import load_checkpoint
 from radio_nb.training.train import Callbacks, run_recipe
@@ -32,6 +34,21 @@ def wait_for_lines(child, out, n):
     while not (out/'metrics.jsonl').exists() or len((out/'metrics.jsonl').read_text().splitlines()) < n:
         assert child.alive(), child.output()
         time.sleep(.002)
+
+
+def test_after_a_failure_nobody_waits_for_the_other_processes():
+    with pytest.raises(ZeroDivisionError), distributed.in_step(): 1/0   # noqa: B018
+    assert not distributed._in_step
+    with distributed.in_step(): pass
+    assert distributed._in_step
+
+
+def test_an_accelerator_of_another_precision_is_named(monkeypatch):
+    accelerator = distributed.new_accelerator(torch.device('cpu'))
+    assert accelerator.mixed_precision == 'no'
+    monkeypatch.setitem(AcceleratorState._shared_state, '_mixed_precision', 'bf16')
+    with pytest.raises(BadInput, match='an Accelerator with mixed precision was made before'):
+        distributed.new_accelerator(torch.device('cpu'))
 
 
 def test_images_that_go_while_a_run_is_on_are_named(tmp_path):

@@ -3,6 +3,7 @@ import json
 import shutil
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from radio_nb.training.preparation import Inputs, new_distill_step, new_student
 from radio_nb.training.recipe import Partition, Recipe, Stage, read_recipe
 from radio_nb.training.stages import BatchPartition, StagePlan, plan_stages
 from radio_nb.training.statistics import Source, check_counts, load_normalizers, take_statistics
-from radio_nb.training.train import Callbacks, run_recipe
+from radio_nb.training.train import Callbacks, run_recipe, take_up
 from radio_nb.training.trainer import DistillStep, Trainer
 
 TOML = '''
@@ -142,6 +143,16 @@ def test_new_statistics_leave_the_student_s_outputs(staged):
         torch.testing.assert_close(a, b, atol=1e-3*a.abs().max().item(), rtol=0)
     with torch.no_grad(): wrong = denormalized(trainer.student, name, old[name], images)
     assert (wrong - before[0]).abs().max() > 1e-2*before[0].abs().max()   # so that the test above means something
+
+
+def test_a_checkpoint_of_another_version_is_named(staged):
+    recipe, out, _ = staged
+    widths = Student.from_pretrained(out).config['teachers']
+    trainer = Trainer(new_distill_step(recipe, new_student(recipe, widths), out), recipe, torch.device('cpu'))
+    state = torch.load(out/'checkpoints'/'00000002.pt', weights_only=True)
+    gone, _ = state['trainer']['weights'].popitem()
+    with pytest.raises(BadInput, match=f'its checkpoint is not of this version of radio_nb .*{gone}'):
+        take_up(SimpleNamespace(trainer=trainer, state=state, out=out))
 
 
 @st.composite

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from radio_nb.data.crops import Crops
 from radio_nb.data.images import open_images
 from radio_nb.losses.multi_teacher import MultiTeacherLoss
-from radio_nb.models.student import Student
+from radio_nb.models.backbones import StochasticDepth
+from radio_nb.models.student import Student, checkpoint_student
 from radio_nb.models.teachers import load_teacher
 from radio_nb.targets.normalizers import Normalizer
 from radio_nb.training.counting import Meter
@@ -47,6 +48,18 @@ def new_trainer(teachers, **fields):
     identity = {name: Normalizer(torch.zeros(()), torch.ones(()), torch.ones(())) for name in names}
     trainer.start_stage(plan, sources, identity)
     return trainer, list(zip(*(source.batches(recipe, trainer.accelerator, 0, 6) for source in sources)))
+
+
+def test_blocks_that_are_left_out_are_left_out_again_on_the_way_back(teachers):
+    "With checkpoints of activations, for the same images of a microbatch."
+    weights = []
+    for checkpoints in (False, True):
+        trainer, batches = new_trainer(teachers, accumulate=2)
+        for block in trainer.student.backbone.blocks: block.drop_path1 = StochasticDepth(.5)
+        if checkpoints: checkpoint_student(trainer.student)
+        trainer(*batches[0])
+        weights.append({name: p.grad for name, p in trainer.student.named_parameters() if p.grad is not None})
+    for name, gradient in weights[0].items(): torch.testing.assert_close(weights[1][name], gradient)
 
 
 READS = {'item', 'tolist', '__bool__', '__float__', '__int__', '__index__', '__len__', 'numpy', 'cpu', '__array__',

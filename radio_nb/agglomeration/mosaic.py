@@ -43,7 +43,7 @@ class Canvas(NamedTuple):
         images:int,         # in a batch
         seed:int|None=None, # of the draw; None for one after the other
     )->Tensor:              # (all cells of all canvases,) int64
-        "The cells, shuffled: the number there, divided by `images`, leaves the image that lies in a cell as its rest."
+        "The cells, shuffled: the image that lies in a cell is the number there modulo `images`."
         n = prod(self.cells)*-(-images//prod(self.cells))
         return torch.as_tensor(np.arange(n) if seed is None else np.random.default_rng([seed, 5]).permutation(n))
 

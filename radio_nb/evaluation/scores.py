@@ -70,7 +70,8 @@ def check_eval_data(
 
 # %% ../../nbs/evaluation/07_scores.ipynb #59358dc1
 def merged(old:list[Score], new:list[Score])->list[Score]:
-    "Scores with others added, in place of those of the same model, measure and images, if not stopped at fewer."
+    """Scores with others added, in place of those of the same model, measure and images; an evaluation that was
+    stopped early does not replace one of more images."""
     by_key = {}
     for score in (*old, *new):
         key = score.model, score.measure, score.dataset

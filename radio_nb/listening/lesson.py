@@ -81,7 +81,7 @@ class Listener(nn.Module):
             terms[name] = self.losses(lesson.student[name], teacher, lesson).mean()
         return terms
 
-    def update(self, loss:Tensor, progress:float): # loss: of the whole step, a scalar; progress: see `Lesson`
+    def update(self, loss:Tensor, progress:float): # loss: of the whole step, a scalar; progress: share of the run
         "Called after each step, once; does nothing here."
 
 # %% ../../nbs/listening/00_lesson.ipynb #15e00014

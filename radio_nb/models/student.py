@@ -118,6 +118,7 @@ TURNS = {turn: Image.Transpose(i) for i, turn in enumerate((2, 4, 8, 3, 6, 5, 7)
 
 def upright(image:Image.Image)->Image.Image:
     "A picture as it was held, by its EXIF entry; one whose entry cannot be read stays as it is."
+    image.load()   # raises for a broken one; reading the entry of a PNG does it, too
     try: turn = image.getexif().get(0x0112)   # Orientation
     except Exception: return image   # of a damaged entry anything
     if turn not in TURNS: return image

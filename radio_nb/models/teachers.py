@@ -338,6 +338,8 @@ def open_clip_model(
 def _resize_positions(weights, model):
     "As open_clip does with what comes from its hub; what does not fit either way is named by `load_strict`."
     from open_clip.model import resize_pos_embed
+    name = 'visual.positional_embedding'   # in float16 a CPU does not interpolate
+    if name in weights: weights[name] = weights[name].float()
     with suppress(RuntimeError): resize_pos_embed(weights, model)
 
 def _activation(spec, tags):

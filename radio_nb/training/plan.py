@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..targets.bad_input import BadInput, unknown
 from ..targets.features import Features, height_width
+from ..models.student import check_microbatch
 from ..data.images import footers, hold_out, open_images, parquet_files, split_column
 from ..data.streams import crop_stream
 from ..agglomeration.sharp import sharp_teachers
@@ -53,6 +54,7 @@ class Plan(NamedTuple):
     stages: tuple[tuple[StagePlan, tuple[PartCost, ...]], ...]
     memory: Memory
     images: int                   # how many there are to learn from; 0 where it is not known
+    fewest: int                   # of them that the student can learn from at a time
 
     def step(self, stage:int=0)->Counter:
         "The arithmetic of one step of a stage."
@@ -133,7 +135,13 @@ def plan_recipe(
     parameters = {name: sum(p.numel() for p in teacher.parameters()) for name, teacher in teachers.items()}
     parameters['student'] = sum(p.numel() for p in networks.step.student.parameters())
     memory = count_memory(recipe, processes, networks, [cost for _, parts in counted for cost in parts])
-    return Plan(recipe, processes, parameters, counted, memory, images or count_images(recipe))
+    return Plan(recipe, processes, parameters, counted, memory, images or count_images(recipe),
+                _fewest(networks.step.student))
+
+def _fewest(student):
+    try: check_microbatch(student, 1)
+    except BadInput: return 2
+    return 1
 
 # %% ../../nbs/training/11_plan.ipynb #a1000040
 class Device(NamedTuple):
@@ -192,7 +200,7 @@ def _microbatches(plan, room):
     "The smallest number of microbatches at which activations fit into some bytes, roughly; 0 where none does."
     now, memory = plan.recipe.accumulate, plan.memory.activations
     counts = [cost.images//plan.processes for _, costs in plan.stages for cost in costs]
-    fitting = (n for n in range(now, min(counts) + 1)
+    fitting = (n for n in range(now, min(counts)//plan.fewest + 1)
                if not any(count % n for count in counts) and memory*now/n <= room
                and (n == now or _may(plan.recipe, accumulate=n)))
     return next(fitting, 0)

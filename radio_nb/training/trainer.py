@@ -251,10 +251,10 @@ def skip_broken(
 
 # %% ../../nbs/training/07_trainer.ipynb #5eed0010
 def compiled_programs(recipe:Recipe)->int:
-    "At most so many programs a step is compiled to: by microbatch, size, windows, mode, and what learns."
+    "At most so many programs a function is compiled to: by microbatch, size, windows, and mode or teacher."
     parts = [(part, stage) for stage in recipe.stages for part in stage.partitions or (stage,)] or [(recipe, recipe)]
     sizes = sum(max(1, len(part.sizes or stage.sizes or recipe.sizes)) for part, stage in parts)
-    return 4*recipe.accumulate*sizes*max(1, len(recipe.windows))
+    return max(4, len(recipe.teachers))*recipe.accumulate*sizes*max(1, len(recipe.windows))
 
 def allow_programs(count:int):
     "Let torch compile a function so often; it would leave all after the eighth as they are."
@@ -277,7 +277,6 @@ class TrainState:
         self.distill_step, self.recipe, student = distill_step, recipe, distill_step.student
         self.ema = ModelEmaV3(student, recipe.ema, use_warmup=True) if recipe.ema else None
         if recipe.compile:
-            allow_programs(compiled_programs(recipe))
             distill_step.compile(backend=recipe.compile, dynamic=False)   # for each of a few sizes
         # what is called in place of `distill_step`: the same, DDP or FSDP
         self.model = distribute(distill_step, list(getattr(student.backbone, 'blocks', [])), accelerator, recipe.shard)
@@ -449,7 +448,7 @@ class Trainer:
         for micro in micros:
             with micro.noise(self.student, recipe.damp), grad_sync(self.state.model, accelerator, micro.last):
                 loss, more = microbatch_loss(self, micro, active)
-                with self.timer('student'):
+                with self.timer('student'), rng_shard(**micro.shard):   # blocks may be computed again on the way back
                     (loss/recipe.accumulate).backward()   # the last one averages gradients over processes
             terms += more
 
