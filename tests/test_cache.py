@@ -26,7 +26,7 @@ from radio_nb.training.recipe import Recipe
 from radio_nb.training.stages import plan_stages
 from radio_nb.training.statistics import open_sources
 from radio_nb.training.teacher_cache import Damaged, cache_key, fill_cache
-from radio_nb.data.crops import Crops
+from radio_nb.data.crops import Crops, RandomCrop
 from radio_nb.data.files import lock
 from radio_nb.data.images import UNDECODED, images_fingerprint, open_images
 from radio_nb.targets.bad_input import BadInput
@@ -158,6 +158,16 @@ def test_a_row_without_an_image_can_be_in_a_cached_set(tmp_path):
 def test_crops_of_a_draft_are_others(images):
     keys = [cache_key(teacher(), Crops(images, 32, views=2, draft=draft), 'images') for draft in (False, True)]
     assert keys[0] != keys[1]
+
+
+def test_crops_are_as_large_as_the_recipe_says(images):
+    recipe = Recipe('zoo:photos', ('small',), '', size=32, least_area=.8)
+    plan, accelerator = plan_stages(recipe, ['small'])[0], new_accelerator(CPU)
+    [source] = open_sources(recipe, plan, images, {'small': teacher()}, accelerator, CPU)
+    assert source.crops.crop == RandomCrop(.8)
+    keys = [cache_key(teacher(), Crops(images, 32, views=2, crop=RandomCrop(least)), 'images') for least in (.4, .8)]
+    assert keys[0] == cache_key(teacher(), Crops(images, 32, views=2), 'images') and 'least_area' not in keys[0]
+    assert keys[1]['least_area'] == .8 and keys[1]['pixels'] != keys[0]['pixels']
 
 
 def test_a_crop_of_one_s_own_is_not_cached(images):

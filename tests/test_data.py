@@ -6,6 +6,7 @@ import sys
 from contextlib import ExitStack
 from io import BytesIO
 from itertools import islice
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -20,7 +21,9 @@ from PIL import Image, ImageOps
 from torch.testing import assert_close
 
 from radio_nb.data.crops import (
+    RATIO,
     Crops,
+    RandomCrop,
     centre_crop,
     image_batches,
     padded_crop,
@@ -272,6 +275,24 @@ def test_a_draft_is_made_where_it_saves_something_and_only_there():
     assert decode(jpeg(1200, 900, exif=turned), 450).size == (450, 600)
     assert decode(jpeg(40, 40), 1).size == (20, 20)   # not below what `decode` takes for an image
     with pytest.raises(Unreadable, match='is only 40 × 8 pixels'): decode(jpeg(40, 8), 1)
+
+
+@pytest.mark.parametrize('least', [.1, .4, .8, 1.])
+def test_a_random_crop_has_the_area_that_is_asked_for(least):
+    "Told by pixels that say where in the image they were."
+    ramp, random = np.arange(240, dtype=np.uint8), np.random.default_rng(0)
+    image = Image.fromarray(np.stack([*np.meshgrid(ramp, ramp), np.zeros((240, 240), np.uint8)], -1))
+    areas = []
+    for _ in range(200):
+        x, y, _ = RandomCrop(least)(image, 60, random).flatten(1).float()
+        width, height = ((axis.max() - axis.min()).item()*60/59/240 for axis in (x, y))
+        areas.append(width*height)
+    squeezed = least > RATIO[0]   # where a wide box does not fit, it is cut
+    assert min(areas) > (least*RATIO[0] if squeezed else least) - .03
+    assert max(areas) < 1.03 and np.mean(areas) < (1 + least)/2 + .05
+    side = shortest_side(60, least)
+    left, top, right, bottom = random_box(side, side, SimpleNamespace(uniform=lambda low, high: low), (least, 1))
+    assert right - left >= 60
 
 
 @pytest.mark.parametrize('turn', range(10))

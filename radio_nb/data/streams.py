@@ -17,7 +17,7 @@ from datasets import Dataset, IterableDataset
 
 from ..targets.bad_input import BadInput
 from .images import Shards
-from .crops import TRIES, Batch, Crops, collate, first_readable, random_crop, shortest_side
+from .crops import TRIES, Batch, Crops, collate, first_readable, least_of, random_crop, shortest_side
 
 # %% ../../nbs/data/02_streams.ipynb #9874fb1a
 class Chain:
@@ -151,7 +151,7 @@ class StreamedCrops:
         draft:bool=False,          # whether to decode large JPEGs at a fraction of their size, see `Crops`
     ):
         self.images, self.size, self.seed, self.crop = images, size, seed, crop
-        self.min_side = shortest_side(size) if draft else 0
+        self.min_side = shortest_side(size, least_of(crop)) if draft else 0
         reader = Lanes if isinstance(images, Shards) else Chain
         self.reader = reader(images, seed, shuffle_buffer if shuffle else 0)
 

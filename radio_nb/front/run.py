@@ -29,7 +29,6 @@ from ..models.student import Student
 from ..models.teachers import Teacher, timm_features
 from ..models.tensor_files import load_tensors
 from ..data.images import UNDECODED, image_column, only_images
-from ..data.crops import random_crop
 from ..data.files import hours_minutes_seconds, in_notebook, read_json
 from ..training.recipe import Recipe, difference, read_recipe
 from ..training.run_folder import check_inputs, finished, open_recipe, read_metrics
@@ -274,7 +273,7 @@ def distill(
     images:Any=None,                    # a source, a data set or a sequence of images, see `as_dataset`
     teachers:Any=None,                  # specs, networks or functions, see `named_teachers`
     out:str|Path|None=None,             # folder of the run; runs/run-1 and so on by default
-    crop:Callable=random_crop,          # augmentation: image, size and numpy generator to a uint8 tensor (3, H, W)
+    crop:Callable|None=None,            # augmentation: image, size and numpy generator to a uint8 tensor (3, H, W)
     resume:bool=False,                  # go on with an unfinished run in the same folder
     on_step:Callable=ignore,            # called with the `TrainingRun` after every step; may call its `stop()`
     on_checkpoint:Callable=ignore,      # after every checkpoint

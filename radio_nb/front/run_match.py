@@ -23,7 +23,7 @@ from ..targets.normalizers import Normalizer
 from ..models.specs import parse_spec
 from ..models.student import Student, fold_heads
 from ..data.images import MIN_SIDE, Unreadable, decode
-from ..data.crops import Crops, centre_crop, image_batches, resize
+from ..data.crops import Crops, RandomCrop, centre_crop, image_batches, resize
 from ..data.streams import StreamedCrops, crop_stream
 from ..data.files import Progress, read_json, write_json
 from ..training.recipe import Recipe, teacher_names, teacher_weights
@@ -123,7 +123,8 @@ def match_run(
     "Compare a finished run with its teachers, on new crops and on images held out, and write `match.json`."
     names, only_summaries = learned_from(recipe, measured(out, list(ready.teachers)))
     ready = ready._replace(teachers={name: ready.teachers[name] for name in names})
-    sets = {'new crops': (crop_stream(ready.train, ready.crop_size(), recipe.seed + 1), crops_seen)}
+    new = crop_stream(ready.train, ready.crop_size(), recipe.seed + 1, crop=RandomCrop(recipe.least_area))
+    sets = {'new crops': (new, crops_seen)}
     held = readable(ready.held, {}) if recipe.hold_out else ()
     if len(held): sets['new images'] = (Crops(held, ready.crop_size(), crop=centre_crop, shuffle=False), len(held))
     students = compared_students(recipe, ready, out)

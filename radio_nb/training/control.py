@@ -11,7 +11,7 @@ from torch import nn
 
 from ..targets.bad_input import BadInput
 from ..models.backbones import Backbone, new_backbone
-from ..data.crops import image_batches, resize, to_device
+from ..data.crops import RandomCrop, image_batches, resize, to_device
 from ..data.files import Progress
 from ..data.images import hold_out
 from ..data.labelled import open_labelled
@@ -63,7 +63,8 @@ def learn_from_labels(
     images, names = open_labelled(recipe.images)
     images, _held = hold_out(images, recipe.hold_out, recipe.seed)
     images = images.select(range(min(limit or len(images), len(images))))
-    crops = crop_stream(images, crop_size, recipe.seed, recipe.views, recipe.draft)
+    crop = RandomCrop(recipe.least_area)
+    crops = crop_stream(images, crop_size, recipe.seed, recipe.views, recipe.draft, crop)
     device, [plan] = best_device(recipe.device), plan_stages(recipe, ['labels'])
     classifier, progress = new_classifier(recipe, len(names)).to(device).train(), Progress(recipe.steps, what='labels')
     optimizer = new_optimizer(recipe, classifier)

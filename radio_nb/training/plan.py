@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..targets.bad_input import BadInput, unknown
 from ..targets.features import Features, height_width
 from ..models.student import check_microbatch
+from ..data.crops import RandomCrop
 from ..data.images import footers, hold_out, open_images, parquet_files, split_column
 from ..data.streams import crop_stream
 from ..agglomeration.sharp import sharp_teachers
@@ -342,7 +343,8 @@ def measured_trainer(
         def at_hand(source):
             noise = {name: _Noise(teacher) for name, teacher in source.teachers.items()}
             return source._replace(cached=noise, others=tuple(map(at_hand, source.others)))
-        def cut(source): return crop_stream(images, source.part.size, recipe.seed, recipe.views, recipe.draft)
+        crop = RandomCrop(recipe.least_area)
+        def cut(source): return crop_stream(images, source.part.size, recipe.seed, recipe.views, recipe.draft, crop)
         sources = [at_hand(source)._replace(crops=cut(source)) for source in sources]
     normalizers = {name: blank_normalizer(recipe.method, width) for name, (_, width) in widths.items()}
     trainer.start_stage(stage, sources, normalizers)

@@ -32,7 +32,7 @@ from ..models.randomness import own_seed
 from ..models.teachers import Teacher, classifier_of, load_teacher, read_weights
 from ..models.tensor_files import fingerprint
 from ..data.images import hold_out, images_fingerprint, open_images
-from ..data.crops import first_readable, random_crop
+from ..data.crops import first_readable
 from ..data.files import read_json
 from ..data.labelled import open_labelled
 from ..agglomeration.resolutions import teachers_at
@@ -51,7 +51,7 @@ class Inputs(NamedTuple):
     "Objects that stand in for what a recipe names."
     images: Dataset|IterableDataset|None = None  # for `recipe.images`, as `open_images` gives it
     teachers: dict[str, Teacher] = {}            # by name, for the specs 'python:NAME'
-    crop: Callable = random_crop                 # from an image, a size and a generator to a tensor, see `Crops`
+    crop: Callable|None = None                   # from an image, a size and a generator to a tensor, see `Crops`
 
 NOTHING = Inputs()   # the recipe names everything
 
@@ -62,7 +62,7 @@ class Prepared(NamedTuple):
     held: Dataset|IterableDataset   # images held out
     size: tuple[int, int]           # of the student's images, in the last stage
     device: torch.device
-    crop: Callable                  # see `Inputs`
+    crop: Callable|None             # see `Inputs`
     classifiers: dict[str, nn.Linear] = {} # of the teachers to whose logits somebody listens
 
     def classes(self)->dict[str, int]:
@@ -283,8 +283,9 @@ def labels_fingerprint(images:Dataset)->str: # images: with a column `label`
     "A fingerprint of the labels of some images."
     return fingerprint({'label': torch.tensor([-1 if label is None else label for label in images['label'][:]])})
 
-def crop_name(crop:Callable)->str:
-    "What a crop is called in the folder of a run: a data class by its fields, too."
+def crop_name(crop:Callable|None)->str:
+    "What a crop is called in the folder of a run: a data class by its fields, a random one by its recipe."
+    if crop is None: return 'radio_nb.data.crops.random_crop'
     name = f'{crop.__module__}.{getattr(crop, "__qualname__", type(crop).__name__)}'
     return f'{name} {crop}' if is_dataclass(crop) else name
 

@@ -152,6 +152,7 @@ class Learning(Task):
     init: str = ''                      # folder of a finished run whose student this one goes on from
     size: AtLeast1 = 224                # side of the student's images in pixels
     sizes: tuple[AtLeast1, ...] = ()    # in place of `size`: sides, one drawn for each step (C-RADIOv4)
+    least_area: Share = .4              # of an image in a random crop; small images lose what they show sooner
     flexible: tuple[str, ...] = ()      # teachers, by name, seen where their grid is the student's (RADIOv2.5)
     mosaic: tuple[str, ...] = ()        # teachers, by name, that see several images on one canvas (RADIOv2.5)
     sharp: tuple[str, ...] = ()         # teachers, by name, that see quarters of an image, too (after FeatSharp)

@@ -34,7 +34,7 @@ from ..losses.methods import METHODS
 from ..models.randomness import rng_shard, uniform
 from ..models.teachers import Teacher
 from ..models.tensor_files import load_tensors, save_tensors
-from ..data.crops import Batch, Crops, Pixels, image_batches, random_crop
+from ..data.crops import Batch, Crops, Pixels, RandomCrop, image_batches
 from ..data.streams import StreamedCrops, crop_stream
 from ..data.files import Progress, write_json
 from ..agglomeration.angles import angle_loss, dispersion
@@ -189,11 +189,12 @@ def open_sources(
     teachers:dict[str, Teacher],
     accelerator:Accelerator,
     device:torch.device,             # of the student
-    crop:Callable=random_crop,       # see `Crops`
+    crop:Callable|None=None,         # see `Crops`; None for a random one
 )->list[Source]:                     # one for each part of the batch
     "The sources of a stage. Raises `BadInput` for what cannot be cached."
     if recipe.cache: _check_cacheable(recipe, images, crop)
-    def crops_of(size): return crop_stream(images, size, recipe.seed, recipe.views, recipe.draft, crop)
+    def crops_of(size):
+        return crop_stream(images, size, recipe.seed, recipe.views, recipe.draft, crop or RandomCrop(recipe.least_area))
     home, sources = torch.device(recipe.teacher_device or device), []
     for part in plan.parts:
         first, *others = (_source_at(size, recipe, part, teachers, home) for size in part.sizes())
@@ -217,7 +218,7 @@ def _check_cacheable(recipe, images, crop):
     if isinstance(images, IterableDataset):
         raise BadInput('a stream cannot be cached: give the folder or file itself')
     if not recipe.views: raise BadInput('a cache needs crops that come again: add --views 4, say')
-    if crop is not random_crop:
+    if crop:
         raise BadInput('a cache cannot tell one crop of your own from another: leave out the cache')
 
 # %% ../../nbs/training/05_statistics.ipynb #f712cfb9

@@ -28,7 +28,7 @@ from ..targets.features import Features, height_width
 from ..targets.bad_input import BadInput, reason
 from ..models.tensor_files import fingerprint
 from ..models.teachers import Teacher
-from ..data.crops import Batch, Crops, Pixels, image_batches, to_device
+from ..data.crops import Batch, Crops, Pixels, RandomCrop, image_batches, least_of, to_device
 from ..data.files import Progress, lock
 from ..data.images import images_fingerprint
 
@@ -42,9 +42,11 @@ def cache_key(teacher:Teacher, crops:Crops, images:str)->dict: # images: from `i
     pixels = hashlib.sha256(crops.by_row()[0].image.contiguous().numpy()).hexdigest()[:16]   # of the first crop
     half = {'precision': 'bfloat16'} if teacher.precision is torch.bfloat16 else {}
     size = list(teacher.size) if isinstance(teacher.size, tuple) else teacher.size   # as JSON has it
+    least = {'least_area': least_of(crops.crop)} if least_of(crops.crop) != RandomCrop.least else {}
+    name = getattr(crops.crop, '__name__', 'random_crop')
     return {'teacher': teacher.source, 'weights': weights_fingerprint(teacher), 'size': size, **half,
-            'images': images, 'crop': [crops.crop.__name__, *height_width(crops.size)], 'pixels': pixels,
-            'seed': crops.seed, 'views': crops.views, 'rows': crops.rows, 'draft': crops.draft}
+            'images': images, 'crop': [name, *height_width(crops.size)], **least, 'pixels': pixels, 'seed': crops.seed,
+            'views': crops.views, 'rows': crops.rows, 'draft': crops.draft}
 
 # %% ../../nbs/training/04_teacher_cache.ipynb #c493d74a
 def probe_image(
