@@ -71,7 +71,7 @@ _in_step = True
 
 @contextmanager
 def in_step()->Iterator[None]:
-    "What all processes do together. Where it fails in one of them, none waits for the others at the end of Python."
+    "For what all processes do together: a process in which it fails does not wait for the others when Python exits."
     global _in_step
     _in_step = False
     yield

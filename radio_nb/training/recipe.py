@@ -152,7 +152,7 @@ class Learning(Task):
     init: str = ''                      # folder of a finished run whose student this one goes on from
     size: AtLeast1 = 224                # side of the student's images in pixels
     sizes: tuple[AtLeast1, ...] = ()    # in place of `size`: sides, one drawn for each step (C-RADIOv4)
-    least_area: Share = .4              # of an image in a random crop; small images lose what they show sooner
+    least_area: Share = .4              # smallest share of an image's area in a random crop; small images need more
     flexible: tuple[str, ...] = ()      # teachers, by name, seen where their grid is the student's (RADIOv2.5)
     mosaic: tuple[str, ...] = ()        # teachers, by name, that see several images on one canvas (RADIOv2.5)
     sharp: tuple[str, ...] = ()         # teachers, by name, that see quarters of an image, too (after FeatSharp)
@@ -162,7 +162,7 @@ class Learning(Task):
     mesa: NotNegative = 0.              # with ema: weight of agreeing with that average (MESA, C-RADIOv4)
     damp: NotNegative = 0.              # spread of factors on the student's weights, in each part of a batch (DAMP)
     spectral: bool = False              # whether each of the student's matrices has its size as a number (AM-RADIO)
-    shift: AtLeast0 = 0                 # up to so many steps of the grid windows lie off a crop's middle (C-RADIOv4)
+    shift: AtLeast0 = 0                 # most grid positions by which a window lies off its crop's middle (C-RADIOv4)
     grid: Literal['larger', 'smaller', 'student'] = 'larger'  # as in AM-RADIO, RADIOv2.5, the PHI-S study
     summary_weights: tuple[NotNegative, ...] = ()  # by teacher, 0 for one without a summary; 1 by default
     spatial_weights: tuple[NotNegative, ...] = ()  # by teacher; 1 by default
@@ -331,7 +331,7 @@ def teacher_precisions(
 
 # %% ../../nbs/training/00_recipe.ipynb #a14cc260
 def check_rates(recipe:Recipe):
-    "Raise `BadInput` where two modules would have the same rate, or a rate would have a teacher's own units."
+    "Raise `BadInput` where two modules would have the same rate, or where the method does not normalize targets."
     if len(set(recipe.information)) < len(recipe.information):
         raise BadInput(f'information: the rates of the modules must be different, not {list(recipe.information)}')
     if recipe.information and METHODS[recipe.method].normalizer == 'none':

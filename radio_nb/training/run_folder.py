@@ -66,7 +66,7 @@ def load_checkpoint(folder:Path)->dict|None:
 
 # %% ../../nbs/training/01_run_folder.ipynb #b293e377
 def _copied(x):
-    "A copy on the CPU; that of a tensor on a GPU is there when the GPU has come so far."
+    "A copy on the CPU; from a GPU it is asynchronous, and complete only when the stream has reached it."
     if isinstance(x, dict): return {key: _copied(value) for key, value in x.items()}
     if isinstance(x, (list, tuple)): return type(x)(map(_copied, x))
     if not isinstance(x, torch.Tensor): return x

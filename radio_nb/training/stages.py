@@ -152,7 +152,7 @@ def check_recipe(recipe:Recipe)->tuple[StagePlan, ...]: # the stages, worked out
     return plans
 
 def check_mosaic(recipe:Recipe, names:list[str]): # names: of the teachers
-    "Raise `BadInput` where teachers could not see mosaics, or the same run in other pieces would see other ones."
+    "Raise `BadInput` where teachers cannot see mosaics, or where microbatches or a cache would change the mosaics."
     for name in recipe.mosaic:
         if name not in names: raise unknown('teacher in mosaic', name, names)
         if name in recipe.flexible:

@@ -80,7 +80,7 @@ class Damaged(BadInput):
         self.why = why
 
 class CachedTeacher:
-    "A teacher's features of every crop of a stream, read from disk. Raises `Damaged`, if need be at the first reading."
+    "A teacher's features of every crop, read from disk. Raises `Damaged`, sometimes only when a row is read."
     def __init__(self,
         folder:Path, # as `fill_cache` made it
     ):
