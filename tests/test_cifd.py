@@ -9,6 +9,7 @@ from conftest import SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_train import kill, same_weights, start, wait_for
+from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
 from radio_nb.cifd import rate_distortion
@@ -24,10 +25,13 @@ from radio_nb.cifd.rate_distortion import (
     water_filling,
 )
 from radio_nb.front.cli import main
+from radio_nb.losses.multi_teacher import MultiTeacherLoss
 from radio_nb.targets.bad_input import BadInput
 from radio_nb.targets.features import Features
+from radio_nb.training.preparation import new_student
 from radio_nb.training.recipe import Recipe
 from radio_nb.training.stages import check_recipe
+from radio_nb.training.trainer import DistillStep, Trainer
 
 CIFD_ARGS = [*SMALL, '--information', '10', '1', '--information-steps', '5']
 
@@ -181,6 +185,36 @@ def test_every_source_may_be_left_out():
     assert total == 0 and not x.embedding.grad.any() and terms['teacher'] == terms['R=1'] == 1
 
 
+def test_dropout_is_the_same_program_whatever_is_left_out():
+    "Each other set of truths was a program of its own, and behind the eighth nothing was compiled any more."
+    torch._dynamo.reset()
+    counter, loss = CompileCounter(), ControlledFlowLoss({'teacher': 1., 'R=1': 1.}, dropout=.5)
+    y = ModelOutput(torch.zeros(2, 3))
+    def step(x): return loss(ModelOutput(x), {'teacher': y, 'R=1': y})[0]
+    torch.manual_seed(0)
+    expected = [step(torch.ones(2, 3)).item() for _ in range(20)]
+    compiled = torch.compile(step, backend=counter)
+    torch.manual_seed(0)
+    assert [compiled(torch.ones(2, 3)).item() for _ in range(20)] == expected and {*expected} == {0., 1., 2.}
+    assert counter.frame_count == 1
+
+
+def test_the_density_of_a_bottleneck_keeps_up_in_a_run():
+    "It learns as fast as that of modules does, and is not shrunk; everything else is as it was."
+    recipe = Recipe('', ('zoo:u2netp#64',), '', size=64, depth=1, information=(1.,), lr=1e-3)
+    widths = {'u2netp': (64, 64)}
+    student = new_student(recipe, widths)
+    loss = MultiTeacherLoss('phi-s', {'u2netp': 1.}, {'u2netp': 1.})
+    trainer = Trainer(DistillStep(student, loss), recipe, torch.device('cpu'))
+    density = {id(p) for p in student.neck.density.parameters()}
+    groups = trainer.state.optimizer.param_groups
+    [own] = [group for group in groups if any(id(p) in density for p in group['params'])]
+    assert {id(p) for p in own['params']} == density and own['weight_decay'] == 0 and own['lr_scale'] == 10
+    rest = [p for group in groups if group is not own for p in group['params']]
+    assert len(rest) == len({*map(id, rest)}) and {*map(id, rest)} == {id(p) for p in student.parameters()} - density
+    assert all('lr_scale' not in group for group in groups if group is not own)
+
+
 def test_rates_need_targets_of_one_scale():
     recipe = Recipe('zoo:photos', ('zoo:u2netp',), 'runs/a', information=(10., 1.))
     check_recipe(recipe)
@@ -240,7 +274,11 @@ def test_a_teacher_without_weight_gets_no_modules():
 def test_modules_come_back_from_their_tensors():
     x = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
     x = x*torch.tensor([3., 2., 1., 1., .01, .01, .01, .01])
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
     modules, curve = fit_rd_modules(x, (1., 10.), steps=3)
+    assert torch.equal(torch.rand(1), expected)   # whoever draws next gets what it would have got
     assert curve['code'] == 4 and curve['width'] == 8 and curve['vectors'] == 200
     assert_close(load_rd_modules(modules.state_dict())(x).reconstruction, modules(x).reconstruction, rtol=0, atol=0)
 

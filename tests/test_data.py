@@ -33,6 +33,7 @@ from radio_nb.data.crops import (
     shortest_side,
 )
 from radio_nb.data.images import UNDECODED, Unreadable, decode, hold_out, images_fingerprint, open_images, to_rgb
+from radio_nb.data.labelled import labelled_images
 from radio_nb.data.streams import StreamedCrops, crop_stream
 from radio_nb.models.randomness import rng_shard, uniform
 from radio_nb.models.student import upright
@@ -427,6 +428,28 @@ def test_what_looks_like_an_image_is_listed_even_if_it_cannot_be_opened(tmp_path
                      'caf\\xe9.png': 'has a name that is not UTF-8: rename it'}
     batch = next(image_batches(Crops(open_images(str(tmp_path)), 16), 8, 1))
     assert len(batch.images) == 8 and json.dumps(batch.skipped).encode()
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    "A set of class folders that are links was empty without labels, and whole with them."
+    for name in ('cat', 'dog'):
+        (tmp_path/'all'/name).mkdir(parents=True)
+        (tmp_path/'all'/name/'a.png').write_bytes(encoded(1))
+    (tmp_path/'some').mkdir()
+    for name in ('cat', 'dog'): (tmp_path/'some'/name).symlink_to(tmp_path/'all'/name)
+    assert len(open_images(str(tmp_path/'some'))) == len(labelled_images(str(tmp_path/'some'))[0]) == 2
+    found = [row['path'] for row in open_images(tmp_path)['image']]
+    assert found == [str(tmp_path/'all'/name/'a.png') for name in ('cat', 'dog')]
+
+
+def test_a_folder_of_several_kinds_is_refused(tmp_path):
+    "One file of a kind that comes first decided what was trained on."
+    for i in range(3): (tmp_path/f'{i}.png').write_bytes(encoded(i))
+    (tmp_path/'notes.pdf').write_bytes(b'%PDF')   # Pillow writes them, and reads none
+    assert len(open_images(str(tmp_path))) == 3
+    Dataset.from_dict({'row': [1]}).to_parquet(tmp_path/'features.parquet')
+    with pytest.raises(BadInput, match='holds 3 images and 1 Parquet files: name the file or the subfolder'):
+        open_images(str(tmp_path))
 
 
 def test_a_bomb_is_skipped(tmp_path):

@@ -440,6 +440,12 @@ def test_ranks_are_those_of_scipy(values, lower):
     assert sum(own.values()) == len(values)*(len(values) + 1)/2
 
 
+@pytest.mark.parametrize('lower', [False, True])
+def test_what_is_not_a_number_comes_last(lower):
+    assert ranks({'a': .5, 'b': float('nan'), 'c': .7, 'd': float('nan')}, lower) == \
+        {'a': 2. - lower, 'b': 3.5, 'c': 1. + lower, 'd': 3.5}
+
+
 def test_measures_that_some_lack_are_not_ranked():
     table = {'knn': {'a': .5, 'b': .6}, 'linear': {'a': .9}}
     assert average_ranks(table) == {'a': 2., 'b': 1.}

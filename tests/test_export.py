@@ -136,10 +136,12 @@ def test_timm_gets_a_transformer_with_all_its_class_tokens_and_positions(name, o
         assert_close(tokens[:, 8:], own.spatial.flatten(1, 2), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize('name', ['resnet10t', 'convnext_atto', 'tf_mobilenetv3_small_minimal_100', 'regnetx_002'])
+@pytest.mark.parametrize('name', ['resnet10t', 'convnext_atto', 'tf_mobilenetv3_small_minimal_100', 'regnetx_002',
+                                  'swin_tiny_patch4_window7_224'])
 def test_timm_gets_the_network_of_a_pyramid(name, tmp_path):
     student = saved(tmp_path, name)
     model = into_timm(student, export_student(tmp_path, 'timm').path, (64, 64))
+    if name.startswith('swin'): model = lambda images, network=model: [x.movedim(-1, 1) for x in network(images)]
     for images in batches(student):
         with torch.inference_mode():
             images = student.backbone.normalize(images)
@@ -241,6 +243,7 @@ def test_transformers_loads_the_folder_where_this_library_is_not(tmp_path):
     ('test_vit2', {'sam': (0, 16)}, {}), ('test_vit3', TEACHERS, {}),
     ('resnet10t', TEACHERS, {}), ('resnet10t', {'sam': (0, 16)}, {'stride': 32}),
     ('convnext_atto', TEACHERS, {}), ('regnetx_002', TEACHERS, {}),
+    ('swinv2_tiny_window8_256', TEACHERS, {}),   # tables that are in no file
 ])
 def test_transformers_gets_the_whole_backbone(name, teachers, options, tmp_path):
     "At three sizes, which the export compares; and its weights can be trained."

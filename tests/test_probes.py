@@ -306,6 +306,33 @@ def test_rows_that_cannot_be_used_are_named(tmp_path, row, message):
     with pytest.raises(BadInput, match=message): next(segmentation_images(parquet(tmp_path/'a.parquet', [row]), 32))
 
 
+@pytest.mark.parametrize('turn, refused', [(1, False), (3, True), (6, True)])
+def test_an_image_that_would_be_turned_beside_its_mask_is_refused(tmp_path, turn, refused):
+    "The image was turned, and its mask was not: 180° were no error, and wrong everywhere."
+    entry, file = Image.Exif(), io.BytesIO()
+    entry[0x0112] = turn
+    Image.fromarray(ramp).convert('RGB').save(file, 'JPEG', exif=entry)
+    rows = [{'image': {'bytes': file.getvalue(), 'path': None}, 'mask': png(ramp if turn < 5 else ramp.T.copy())}]
+    images = segmentation_images(parquet(tmp_path/'a.parquet', rows), 32)
+    if refused:
+        with pytest.raises(BadInput, match='is to be turned, says its EXIF entry'): next(images)
+    else: assert next(images)[0].shape == (1, 3, 32, 32)
+
+
+def test_a_probe_of_grids_of_one_position_gets_no_batch_of_one_image():
+    def images(n): return torch.randn(n, 1, 1, 4), torch.randint(0, 2, (n, 4, 4), dtype=torch.uint8)
+    assert 0 <= segmentation_probe(images(17), images(3), 2, epochs=1).miou <= 1
+    for n in (0, 1):
+        with pytest.raises(BadInput, match='needs two positions or more'): segmentation_probe(images(n), images(3), 2)
+
+
+@pytest.mark.parametrize('options, message', [({'l2': -1.}, 'the penalty l2 is -1.0, but must be 0 or more'),
+                                              ({'strengths': ()}, 'strengths: there is none to choose from')])
+def test_a_penalty_that_is_none_is_refused(options, message):
+    x, y = torch.randn(10, 3), torch.arange(10) % 2
+    with pytest.raises(BadInput, match=message): linear_probe(x, y, x, y, **options)
+
+
 def test_sources_that_are_none_are_refused(tmp_path):
     with pytest.raises(BadInput, match='no Parquet file at'): next(segmentation_images(tmp_path))
     (tmp_path/'broken.parquet').write_bytes(b'PAR1 not')

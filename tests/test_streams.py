@@ -2,6 +2,7 @@
 import io
 import tarfile
 from itertools import islice
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -14,7 +15,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from radio_nb.data.crops import TRIES, Crops, image_batches
-from radio_nb.data.images import UNDECODED, Shards, hold_out, images_fingerprint, only_images, open_images
+from radio_nb.data.images import (
+    UNDECODED,
+    Shards,
+    hold_out,
+    images_fingerprint,
+    only_images,
+    open_images,
+    tar_member,
+)
 from radio_nb.data.streams import Chain, Lanes, StreamedCrops, crop_stream, number_of_lanes
 from radio_nb.targets.bad_input import BadInput
 
@@ -167,6 +176,45 @@ def test_images_and_masks_of_one_name_in_a_tar_are_told_apart(tmp_path):
     assert all('JPEG' in row['path'] for row in open_images(file)['image'])
     names = [('shot.1.jpg', png(1)), ('shot.2.jpg', png(2)), ('a/shot.1.jpg', png(3)), ('._shot.jpg', b'')]
     assert len(open_images(tar(tmp_path/'z.tar', names))) == 4
+
+
+def test_masks_are_not_taken_for_the_images_of_a_tar(tmp_path):
+    "Where some images are of another kind than others, or one is missing, only the masks had one for each name."
+    def names(kinds): return [f'{i}.{kind}' for i, own in enumerate(kinds) for kind in own]
+    def opened(names):
+        images = open_images(tar(tmp_path/'x.tar', [(name, png(1)) for name in names]))
+        return sorted(Path(row['path'].rpartition('#')[0]).name for row in images['image'])
+    for images in (['png', 'jpg']*5, ['webp'] + 9*['jpg']):
+        assert opened(names((kind, 'mask.png') for kind in images)) == [f'{i}.{kind}' for i, kind in enumerate(images)]
+    whole = names([('jpg', 'mask.png')]*10)
+    assert opened(whole[1:]) == whole[2::2]
+    with pytest.raises(BadInput, match='several columns of images'):
+        opened(names([('depth.png', 'mask.png')]*9 + [('mask.png',)]))
+
+
+def test_numbers_behind_a_dot_belong_to_the_name(tmp_path):
+    for frames in ([1, 2, 3, 4, 1, 2], [4]*6):
+        names = [f'clip_{i}/frame.{k:04}.jpg' for i, n in enumerate(frames) for k in range(n)]
+        assert len(open_images(tar(tmp_path/'x.tar', [(name, png(1)) for name in names]))) == sum(frames)
+
+
+def test_a_tar_in_a_folder_that_is_called_like_one_is_read(tmp_path):
+    (tmp_path/'n.tar').mkdir()
+    tar(tmp_path/'n.tar'/'x.tar', [('y.tar/a.png', png(7))])
+    images = open_images(str(tmp_path/'n.tar'))
+    assert number(Crops(images, 16)[0].image) == 7
+    assert tar_member(images[0]['image']['path'])[0] == str(tmp_path/'n.tar'/'x.tar')
+
+
+def test_a_hard_link_in_a_tar_is_an_image(tmp_path):
+    with tarfile.open(tmp_path/'x.tar', 'w') as archive:
+        for name, kind, link in (('a.png', tarfile.REGTYPE, ''), ('b.png', tarfile.LNKTYPE, 'a.png'),
+                                 ('c.png', tarfile.SYMTYPE, 'a.png'), ('d.png', tarfile.LNKTYPE, 'gone.png')):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname, member.size = kind, link, 0 if link else len(png(9))
+            archive.addfile(member, None if link else io.BytesIO(png(9)))
+    crops = Crops(open_images(str(tmp_path/'x.tar')), 16)
+    assert len(crops.images) == 2 and all(number(crops[i].image) == 9 for i in range(2))
 
 
 @pytest.mark.parametrize('more', [['a.png', 'a.jpg'], ['shot at 10.23.png', 'shot at 10.24.png']])

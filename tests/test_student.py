@@ -1,9 +1,11 @@
 "The student: windows and pyramids against oracles, what the optimizer decays, and that it compiles and exports."
-import json  # noqa: I001
+import io  # noqa: I001
+import json
 import subprocess
 import sys
 
 import radio_nb  # noqa: F401  before timm, so that torchvision can be imported
+import numpy as np
 import pytest
 import timm
 import torch
@@ -51,6 +53,19 @@ def test_a_part_of_a_batch_leaves_out_the_blocks_that_the_whole_leaves_out():
     swin = new_backbone('swinv2_tiny_window8_256', 1)
     assert not any(isinstance(module, timm.layers.DropPath) for module in swin.modules())
     assert any(isinstance(module, StochasticDepth) for module in swin.modules())
+
+
+def test_what_is_no_picture_and_no_batch_is_named():
+    student = Student('vit_tiny_patch16_224', {'a': (4, 8)}, depth=1)
+    file = io.BytesIO()
+    Image.effect_noise((64, 64), 90).save(file, 'JPEG')
+    with pytest.raises(BadInput, match='this picture cannot be read: image file is truncated'):
+        student.preprocess(Image.open(io.BytesIO(file.getvalue()[:1000])))
+    with pytest.raises(BadInput, match='a picture is what PIL.Image.open gives, not ndarray'):
+        student.preprocess(np.zeros((64, 64, 3), np.uint8))
+    for shape in ((3, 64, 64), (1, 4, 64, 64)):
+        with pytest.raises(BadInput, match=r'must be a batch of shape \(B, 3, H, W\), not'): student(torch.rand(shape))
+    with pytest.raises(BadInput, match='a student needs a teacher'): Student('vit_tiny_patch16_224', {})
 
 
 def test_a_transformer_that_averages_ends_in_its_normalization_too():

@@ -263,6 +263,21 @@ def test_a_clip_from_a_file_sees_another_size_as_open_clip_has_it(tmp_path):
         load_teacher(f'open_clip:ViT-S-32-alt@{path}#160')
 
 
+def test_maps_of_several_sizes_are_joined_in_bfloat16_too():
+    "A CPU does not resample bfloat16."
+    teacher, images = load_teacher('timm:test_resnet/2,3@random'), torch.rand(2, 3, 64, 64)
+    whole, half = teacher(images).spatial, teacher.lowered()(images).spatial
+    assert whole.shape == half.shape and (whole - half.float()).norm() < .03*whole.norm()
+
+
+def test_a_teacher_may_have_weights_of_five_dimensions():
+    network = torch.nn.Conv3d(3, 4, (1, 16, 16), stride=(1, 16, 16))
+    def features(x):
+        grid = network(x[:, :, None])[:, :, 0]
+        return Features(grid.mean((2, 3)), grid.movedim(1, -1))
+    assert Teacher('video', network, features, 32)(torch.rand(2, 3, 32, 32)).spatial.shape == (2, 2, 2, 4)
+
+
 def test_weights_that_timm_stumbles_over_are_refused(tmp_path):
     save_file({'layers.2.blocks.6.attn.relative_position_index': torch.zeros(1)}, path := tmp_path/'swin.safetensors')
     with pytest.raises(BadInput, match='do not fit SwinTransformer'):

@@ -99,6 +99,8 @@ def test_a_teacher_that_gives_nan_is_named_before_the_statistics_are_spoilt():
     sane = Features(torch.ones(2, 2), torch.rand(2, 2, 2, 2))
     with pytest.raises(NonFinite, match='teacher mad .*NaN or infinity in 8 of 8 vectors'):
         measure([{'sane': sane, 'mad': mad}])
+    sad = Features(torch.tensor([[1., 2.], [float('nan'), 0.]]), torch.rand(2, 2, 2, 2))
+    with pytest.raises(NonFinite, match='teacher sad: NaN or infinity in its summaries'): measure([{'sad': sad}])
 
 
 def test_a_loss_that_is_not_finite_names_the_teacher():

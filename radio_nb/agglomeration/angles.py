@@ -38,6 +38,7 @@ def dispersion(
 )->float:        # in rad²
     "The mean squared angle to the mean direction (C-RADIOv4). Raises `BadInput` where all directions are the same."
     y = in_float64(y)
+    if not y.isfinite().all(): raise BadInput(f'teacher {name}: NaN or infinity in its summaries')
     disp = squared_angle(y, mean_direction(y).expand(len(y), -1)).mean().item()
     if not disp > 1e-6: raise BadInput(f'teacher {name}: its summaries all have the same direction; give it the '
                                         'weight 0 in summary_weights')

@@ -33,11 +33,12 @@ def fit_rd_modules(
     "Train a teacher's modules on the first nine tenths of its vectors and measure them on the last."
     if len(x) < 20:
         raise BadInput(f'{len(x)} vectors are too few to train rate–distortion modules: take more statistics steps')
-    torch.manual_seed(seed)
     train, test = x.split([len(x) - len(x)//10, len(x)//10])
     eigenvalues, U = eigenbasis(Moments(x.shape[1]).update(train).cov)
     code = min(CODE, max(1, int((eigenvalues > 1/(2*max(rates))).sum())))
-    modules = RateDistortion(x.shape[1], *rates, hidden=256, basis=U[:, :code]).to(x.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        modules = RateDistortion(x.shape[1], *rates, hidden=256, basis=U[:, :code]).to(x.device)
     fit_modules(modules, train, steps, lr=1e-3, seed=seed, progress=progress).requires_grad_(False)
     points = [p._asdict() | {'gaussian': gaussian_bits(eigenvalues, p.distortion)}
               for p in measure_modules(modules, test)]
@@ -91,7 +92,7 @@ class CIFDLoss(nn.Module):
         self.coders.eval()
         return self
 
-    def kept(self)->dict[str, dict[str, bool]]:
+    def kept(self)->dict[str, dict[str, Tensor]]:
         "By teacher, which sources the student learns from in this step, 'teacher' among them (KD dropout)."
         return {name: self.loss.kept() for name in self.names}
 

@@ -82,17 +82,17 @@ class ControlledFlowLoss(nn.Module):
         self.weights, self.bottleneck, self.labels, self.soft_labels = weights, bottleneck, labels, soft_labels
         self.temperature, self.dropout, self.distance = temperature, dropout, distance
 
-    def kept(self)->dict[str, bool]:
+    def kept(self)->dict[str, Tensor]: # 1. or 0.: of a truth each other one would be compiled anew
         "Which sources the student learns from in this step (KD dropout)."
-        draws = torch.rand(len(self.weights)).tolist() if self.training else [1.]*len(self.weights)
-        return {name: draw >= self.dropout for name, draw in zip(self.weights, draws)}
+        draws = torch.rand(len(self.weights)) if self.training else torch.ones(len(self.weights))
+        return dict(zip(self.weights, (draws >= self.dropout).float().unbind()))
 
     def forward(self,
         student:ModelOutput,
         sources:dict[str, ModelOutput],  # keys of `weights`
         bits:Tensor|None=None,           # of the student's bottleneck, of any shape
         labels:Tensor|None=None,         # (B,)
-        kept:dict[str, bool]|None=None,  # which sources to learn from; drawn at random without it
+        kept:dict[str, Tensor|bool]|None=None, # which sources to learn from; drawn at random without it
         **options,                       # passed on to the distance
     )->tuple[Tensor, dict[str, Tensor]]: # the loss; and every term for a log, unweighted, those left out too
         "The loss of a step."
@@ -101,15 +101,14 @@ class ControlledFlowLoss(nn.Module):
         kept, terms, total = kept or self.kept(), {}, 0
         for name, source in sources.items():
             terms[name] = self.distance(student.embedding, source.embedding, **options)
-            if kept[name]: total = total + self.weights[name]*terms[name]
+            total = total + self.weights[name]*kept[name]*terms[name]
             if labels is None: continue
             terms[f'{name} soft'] = soft_label_losses(student.logits, source.logits, self.temperature).mean()
-            if kept[name]: total = total + self.weights[name]*self.soft_labels*terms[f'{name} soft']
+            total = total + self.weights[name]*kept[name]*self.soft_labels*terms[f'{name} soft']
         if labels is not None:
             terms['labels'] = F.cross_entropy(student.logits.float(), labels)
             total = total + self.labels*terms['labels']
         if bits is not None:
             terms['bits'] = bits.mean()
             total = total + rate_penalty(bits, self.bottleneck)
-        if isinstance(total, int): total = 0*student.embedding.sum()   # everything was left out
         return total, {name: term.detach() for name, term in terms.items()}

@@ -39,7 +39,7 @@ def _label_column(rows, source):
 def _in_number(names:Iterable[str])->list[str]: # each once
     "Names of classes in the order of their numbers: as numbers where all are, and else by the alphabet."
     names = {*names}
-    return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+    return sorted(sorted(names), key=int) if all(name.isdecimal() for name in names) else sorted(names)
 
 def _table_labels(rows, source):
     "The class of every row, by name, None where nobody has said; and the names of all classes."

@@ -9,7 +9,7 @@ __all__ = ['LOWER_IS_BETTER', 'NOT_RANKED', 'ranks', 'average_ranks', 'MeanStd',
 # %% ../../nbs/evaluation/09_compare.ipynb #6158d4aa
 import os
 import re
-from math import isfinite
+from math import inf, isfinite, isnan
 from statistics import mean, stdev
 from typing import NamedTuple
 
@@ -25,7 +25,8 @@ def ranks(
     values:dict[str, float], # by method
     lower:bool=False,        # whether less is better
 )->dict[str, float]:         # 1 for the best; equals share the mean of their ranks
-    "The rank of every method in one measure."
+    "The rank of every method in one measure; what is not a number comes last."
+    values = {method: (inf if lower else -inf) if isnan(value) else value for method, value in values.items()}
     def better(a, b): return a < b if lower else a > b
     def rank(own):
         equals = sum(other == own for other in values.values())

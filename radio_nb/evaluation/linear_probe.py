@@ -8,6 +8,7 @@ __all__ = ['BLOCK', 'STRENGTHS', 'PASSES', 'Rows', 'loss_and_gradients', 'fit_cl
 
 # %% ../../nbs/evaluation/03_linear_probe.ipynb #ebd1f75e
 from collections.abc import Callable, Iterator
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -177,6 +178,8 @@ def linear_probe(
     "The accuracy of a linear classifier of frozen summaries. Raises `BadInput` for sets that do not fit, or `Stopped`."
     for x, y, which in ((train_x, train_y, 'training'), (test_x, test_y, 'test')): _check_labelled(x, y, which)
     check_pair(train_x, test_x, 'summaries')
+    if l2 is not None and not 0 <= l2 < inf: raise BadInput(f'the penalty l2 is {l2}, but must be 0 or more')
+    if l2 is None and not strengths: raise BadInput('strengths: there is none to choose from; give some, or l2')
     if len(train_x) < 5 or len(train_y.unique()) < 2:
         raise BadInput('a probe needs five training images or more, of two classes or more')
     classes = int(max(train_y.max(), test_y.max())) + 1

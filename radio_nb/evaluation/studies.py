@@ -31,9 +31,14 @@ def record(
     path:Path,        # of the results
     settings:dict,    # what all cases share
 ):
-    "Work on a case, and add its line to the results."
+    "Work on a case, and add its line to the results. Raises `BadInput` for what a line cannot hold."
     begun = time.time()
-    line = {'case': case._asdict(), 'settings': settings, **work(case), 'seconds': round(time.time() - begun, 1)}
+    try: line = {'case': _as_json(case._asdict()), 'settings': _as_json(settings)}   # before hours of work
+    except TypeError as e: raise BadInput(f'{case}: a case and settings must be what JSON can hold ({e})') from e
+    found = work(case)
+    if taken := {'case', 'settings', 'seconds'} & {*found}:
+        raise BadInput(f'{case}: what was found has the key {min(taken)!r}, which the results have themselves')
+    line |= found | {'seconds': round(time.time() - begun, 1)}
     text = (json.dumps(line, ensure_ascii=False) + '\n').encode()
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try: os.write(file, text)   # in one piece: another process may be at the end of the same file
@@ -100,6 +105,7 @@ def run_study(
     processes:int=1,          # how many cases at a time, each with one thread; 1: in this process, with all of its own
 )->dict[NamedTuple, dict]:    # all results with these settings, by case
     "Work on the cases that have no result yet. Raises `BadInput` for damaged results, `RuntimeError` where one fails."
+    if not cases: return {}
     kind, settings = type(cases[0]), settings or {}
     there = load_results(path, kind, settings)
     todo = [case for case in dict.fromkeys(cases) if case not in there]

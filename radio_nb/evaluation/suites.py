@@ -197,7 +197,7 @@ def segmentation_suite(
     model:EvalModel,
     data:EvalData,
     stopped:Callable[[], bool]=lambda: False,
-)->list[Score]:         # none where it was stopped before there was a batch of each set
+)->list[Score]:         # none where it was stopped before there was something of each set
     "The mean IoU of a linear probe of a model's grids. Raises `BadInput` where all pixels are void."
     streams, counts, sizes = zip(*(_masks_stream(source, data.limit) for source in (data.masks, data.test_masks)))
     def grid(images): return model.features(resize(images.to(model.device), model.size)).spatial
@@ -205,13 +205,13 @@ def segmentation_suite(
     found = extract(encode, streams, counts, stopped, f'grids of {model.name}')
     if found is None: return []
     train, test = found
-    counted = [masks[masks != data.ignore] for _, masks in found]
+    counted, n = [masks[masks != data.ignore] for _, masks in found], len(train[0]) + len(test[0])
+    if n < sum(sizes) and not all(map(len, counted)): return []   # stopped before there was a pixel of each set
     for source, own in zip((data.masks, data.test_masks), counted):
         if not len(own):
             raise BadInput(f'{source}: all pixels are {data.ignore}, which marks those that do not count (--ignore)')
     miou = segmentation_probe(train, test, int(torch.cat(counted).max()) + 1, data.ignore, device=model.device).miou
     dataset = data.describe('masks', 'test_masks', more='' if data.ignore == 255 else f', without {data.ignore}')
-    n = len(train[0]) + len(test[0])
     return [Score(model.name, 'segmentation mIoU', miou, n, sum(sizes), 'segmentation', dataset)]
 
 # %% ../../nbs/evaluation/08_suites.ipynb #07de0857

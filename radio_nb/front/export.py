@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..targets.bad_input import BadInput, reason, unknown
-from ..models.backbones import Backbone, Pyramid
+from ..models.backbones import Backbone, Pyramid, any_size
 from ..models.program import as_program, named_outputs
 from ..models.student import Student
 from ..models.tensor_files import save_tensors
@@ -157,7 +157,8 @@ def timm_arguments(
     size:tuple[int, int], # of the images in pixels, height and width
 )->dict[str, Any]:        # for `timm.create_model`, next to name and checkpoint_path
     "How timm is to build a network like the student's. Raises `BadInput` where it cannot."
-    if isinstance(backbone, Pyramid): return {'features_only': True, 'out_indices': backbone.stages.indices}
+    if isinstance(backbone, Pyramid):
+        return {'features_only': True, 'out_indices': backbone.stages.indices} | any_size(backbone.architecture)
     if backbone.stem:
         raise BadInput(f'timm has no {backbone.architecture} with a stem of {backbone.stem}: '
                        'choose another --format, onnx for example')
@@ -213,14 +214,21 @@ class Timm(Format):
     def expected(self, images:Tensor)->dict[str, Tensor]:
         "Tokens, or the maps of a pyramid's network."
         own = self.backbone
-        if isinstance(own, Pyramid): return dict(enumerate(own.stages(own.normalize(images))))
+        if isinstance(own, Pyramid):
+            maps = own.stages(own.normalize(images))
+            return dict(enumerate(m.movedim(1, -1) for m in maps) if self.channels_last() else enumerate(maps))
         summary, spatial = own(images)
         return {'summary': summary, 'spatial': spatial.flatten(1, 2)}
+
+    def channels_last(self)->bool:
+        "Whether timm gives the maps of this network as (B, h, w, D), as it does those of Swin transformers."
+        return getattr(self.backbone.stages.model, 'output_fmt', '') == 'NHWC'
 
     def usage(self, path:Path)->str:
         own, mean, std = self.backbone, *mean_and_std(self.backbone)
         arguments = ', '.join(f'{name}={value!r}' for name, value in timm_arguments(own, self.size).items())
-        last = (f'maps = model(images)   # with strides of {own.stages.strides} pixels' if isinstance(own, Pyramid) else
+        last = (f'maps = model(images)   # with strides of {own.stages.strides} pixels' +
+                ', channels last'*self.channels_last() if isinstance(own, Pyramid) else
                 f'grid = model.forward_features(images)[:, {own.prefix.shape[1]}:]   # summary: [:, :{own.n_class}]')
         return ('import timm, torch\nfrom torchvision.transforms.functional import normalize, to_tensor\n'
                 f'{self.photo("" if isinstance(own, Pyramid) else "no other size")}'

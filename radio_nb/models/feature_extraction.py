@@ -12,11 +12,10 @@ from collections.abc import Callable
 from math import ceil, floor, log, prod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..targets.bad_input import BadInput
-from ..targets.features import Features
+from ..targets.features import Features, resample
 
 # %% ../../nbs/models/04_feature_extraction.ipynb #76de09fa
 def _grids(model, size):
@@ -66,10 +65,8 @@ def join_maps(
     maps:list[Tensor],  # (B, D_i, H_i, W_i)
 )->Tensor:              # (B, H_1, W_1, sum of D_i)
     "Several maps as one grid, of the size of the first."
-    def fit(x):
-        if x.shape[-2:] == maps[0].shape[-2:]: return x
-        return F.interpolate(x, maps[0].shape[-2:], mode='bilinear', antialias=True)
-    return torch.cat([fit(x) for x in maps], 1).movedim(1, -1)
+    size = maps[0].shape[-2:]
+    return torch.cat([resample(x.movedim(1, -1), size).to(x.dtype) for x in maps], -1)
 
 def timm_features(
     model:nn.Module,                # a timm model

@@ -45,7 +45,8 @@ class Stages(nn.Module):
         strides:list[int],  # in pixels, from fine to coarse
     ):
         super().__init__()
-        self.model = timm.create_model(architecture, num_classes=0)
+        try: self.model = timm.create_model(architecture, num_classes=0, strict_img_size=False)
+        except TypeError: self.model = timm.create_model(architecture, num_classes=0)   # it has no such option
         last = {stage['reduction']: (i, stage['num_chs']) for i, stage in enumerate(self.model.feature_info)}
         self.indices, self.channels = zip(*(last[stride] for stride in strides))
         self.model.prune_intermediate_layers(list(self.indices), prune_norm=True, prune_head=True)
@@ -117,6 +118,11 @@ class StudentModel(PreTrainedModel):
         super().__init__(config)
         self.backbone = Pyramid(config) if config.strides else Transformer(config)
         self.post_init()
+
+    def _init_weights(self, module):
+        "What a file does not hold, of timm's layers: tables that follow from their form."
+        super()._init_weights(module)
+        if hasattr(module, 'init_non_persistent_buffers'): module.init_non_persistent_buffers()
 
     def forward(self,
         pixel_values:Tensor,            # (B, 3, H, W), as the image processor makes them

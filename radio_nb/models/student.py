@@ -138,6 +138,10 @@ class Pictures(nn.Module):
         size:int|tuple[int, int]|None=None,   # side, or height and width, in pixels; None for the image's own
     )->Tensor:                                # (3, H, W) in [0, 1], at the nearest size that the student can see
         "A picture as the student wants it. Images of one batch need one `size`. Raises `BadInput`."
+        if not isinstance(image, Image.Image):
+            raise BadInput(f'a picture is what PIL.Image.open gives, not {type(image).__name__}')
+        try: image.load()
+        except OSError as e: raise BadInput(f'this picture cannot be read: {e}') from e
         alpha = image.convert('RGBA').getextrema()[3] if image.has_transparency_data else (255, 255)
         if image.mode[0] in 'IF' or min(alpha) < 255:   # `convert` would clip the one, and see through the other
             raise BadInput(f'this picture (mode {image.mode}) has more than 8 bits or is transparent: '
@@ -310,6 +314,7 @@ class Student(Pictures, Adaptors, Pretrained):
         classes:dict[str, int]|None=None,       # by teacher, how many classes the student names as it does
     ):
         super().__init__()
+        if not teachers: raise BadInput('a student needs a teacher: name at least one, with the widths of its features')
         n_class = sum(width > 0 for width, _ in teachers.values())
         self.backbone, self.ladder = new_backbone(backbone, n_class, stem, drop, depth, windows, stride), ladder
         if ladder and not isinstance(self.backbone, Transformer):

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..targets.features import Features, grid_masks, height_width
 from ..targets.bad_input import BadInput
-from ..targets.moments import Moments, in_float64
+from ..targets.moments import Moments, NonFinite, in_float64
 from ..targets.normalizers import Normalizer, matmuls_in
 from ..targets.phi_s import ENOUGH, fit_normalizer, too_few
 from ..losses.methods import METHODS
@@ -66,6 +66,7 @@ def measure(
         for name, (summary, spatial, *mask) in by_teacher.items():
             moments.setdefault(name, Moments(spatial.shape[-1], f'teacher {name}')).update(spatial, *mask)
             directions = F.normalize(in_float64(summary), dim=-1)
+            if not directions.isfinite().all(): raise NonFinite(f'teacher {name}: NaN or infinity in its summaries')
             sums[name], counts[name] = sums.get(name, 0) + directions.sum(0), counts.get(name, 0) + len(summary)
             samples.setdefault(name, []).extend([sample_positions(spatial.float(), sample, *mask)] if sample else [])
             kept.setdefault(name, []).extend([directions.float()] if keep_directions else [])
