@@ -82,7 +82,7 @@ class ControlledFlowLoss(nn.Module):
         self.weights, self.bottleneck, self.labels, self.soft_labels = weights, bottleneck, labels, soft_labels
         self.temperature, self.dropout, self.distance = temperature, dropout, distance
 
-    def kept(self)->dict[str, Tensor]: # 1. or 0.: of a truth each other one would be compiled anew
+    def kept(self)->dict[str, Tensor]: # 1. or 0.: for bools `torch.compile` would compile each case again
         "Which sources the student learns from in this step (KD dropout)."
         draws = torch.rand(len(self.weights)) if self.training else torch.ones(len(self.weights))
         return dict(zip(self.weights, (draws >= self.dropout).float().unbind()))

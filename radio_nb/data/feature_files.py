@@ -63,7 +63,7 @@ class FeatureIndex(NamedTuple):
 
 # %% ../../nbs/data/04_feature_files.ipynb #1c339464
 def write_npy(path:Path, index:FeatureIndex, parts:Iterable[np.ndarray]):
-    "An array, and its index beside the place where it will be in the end."
+    "The array alone; `join_parts` writes the index beside the finished file."
     with path.open('wb') as file:
         header = {'descr': '<f4', 'fortran_order': False, 'shape': (len(index.paths), *index.shape)}
         np.lib.format.write_array_header_1_0(file, header)

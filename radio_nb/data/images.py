@@ -124,7 +124,7 @@ def tar_images(
     path:Path,     # a tar file, or a folder that is searched for them
     column:str='', # which of the images of one name, as `jpg` or `mask.png`
 )->list[str]:      # paths as `x.tar/name.jpg#first+bytes`, in the order of the files
-    "The images in tar files. Raises `BadInput` where a file is broken, or holds several images of one name."
+    "The images in tar files. Raises `BadInput` for a broken file, and where several of one name leave no clear choice."
     images = []
     for file in files_ending(path, ('.tar',)):
         try:
@@ -172,7 +172,7 @@ UNDECODED = Columns({'image': ImageColumn(decode=False)})
 
 def dataset_of_files(
     files:list[str],   # paths of images
-    stream:bool=False, # whether to read them from front to back only
+    stream:bool=False, # whether to give a stream, with a shard for each file
 )->Dataset|IterableDataset: # one column `image`, undecoded
     "A data set of image files, none of which is opened."
     # the cast copies no names to Python
@@ -184,7 +184,7 @@ def only_images(
     source:str,             # what to call it in a message
     column:str='',          # see `choose_column`
 )->Dataset|IterableDataset: # one column `image`, undecoded
-    "The column of images of a data set. Raises `BadInput` where there is none, more than one, or no row."
+    "The column of images of a data set. Raises `BadInput` where there is none, no clear choice, or no row."
     if isinstance(dataset, Shards): return dataset
     column = image_column(dataset.features or {}, column, source)
     # cast before renaming, because a stream decodes its images to rename their column
@@ -198,7 +198,7 @@ def image_column(
     wanted:str,                 # see `choose_column`
     source:str,
 )->str:
-    "The name of the column with the images. Raises `BadInput` where there is none or more than one."
+    "The name of the column with the images. Raises `BadInput` where there is none, or no clear choice."
     columns = [name for name, column in features.items() if isinstance(column, ImageColumn)]
     if columns: return choose_column(columns, wanted, source)
     raise BadInput(f'{source} has no column of images; its columns are {", ".join(features) or "unknown"}')

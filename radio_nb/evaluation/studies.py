@@ -24,6 +24,7 @@ from ..data.files import Progress
 
 # %% ../../nbs/evaluation/10_studies.ipynb #stu00008
 def _as_json(value): return json.loads(json.dumps(value))
+def _plain(value): return value.tolist() if hasattr(value, 'tolist') else repr(value)   # after hours nothing is refused
 
 def record(
     case:NamedTuple,
@@ -31,7 +32,7 @@ def record(
     path:Path,        # of the results
     settings:dict,    # what all cases share
 ):
-    "Work on a case, and add its line to the results. Raises `BadInput` for what a line cannot hold."
+    "Work on a case, and add its line to the results. Raises `BadInput` for a case or settings that do not fit into it."
     begun = time.time()
     try: line = {'case': _as_json(case._asdict()), 'settings': _as_json(settings)}   # before hours of work
     except TypeError as e: raise BadInput(f'{case}: a case and settings must be what JSON can hold ({e})') from e
@@ -39,7 +40,7 @@ def record(
     if taken := {'case', 'settings', 'seconds'} & {*found}:
         raise BadInput(f'{case}: what was found has the key {min(taken)!r}, which the results have themselves')
     line |= found | {'seconds': round(time.time() - begun, 1)}
-    text = (json.dumps(line, ensure_ascii=False) + '\n').encode()
+    text = (json.dumps(line, ensure_ascii=False, default=_plain) + '\n').encode()
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try: os.write(file, text)   # in one piece: another process may be at the end of the same file
     finally: os.close(file)
@@ -104,7 +105,8 @@ def run_study(
     settings:dict|None=None,  # see `record`
     processes:int=1,          # how many cases at a time, each with one thread; 1: in this process, with all of its own
 )->dict[NamedTuple, dict]:    # all results with these settings, by case
-    "Work on the cases that have no result yet. Raises `BadInput` for damaged results, `RuntimeError` where one fails."
+    """Work on the cases that have no result yet. Raises `BadInput` for damaged results. A case that fails raises its
+    own error, and in one of several processes a `RuntimeError` that names the case."""
     if not cases: return {}
     kind, settings = type(cases[0]), settings or {}
     there = load_results(path, kind, settings)
