@@ -484,7 +484,7 @@ def _classifier_in(spec):
     return layer
 
 def _classifier(spec):
-    def own(network):   # not every network has one, and the logits of a VOLO are half those of another head
+    def own(network):   # not every network has one, and a VOLO adds half the logits of a second head
         if getattr(network, 'aux_head', None) is None: return getattr(network, 'get_classifier', lambda: None)()
     if spec.source == 'zoo': return own(zoo_model(spec.name).load())
     if spec.source != 'timm': return None
