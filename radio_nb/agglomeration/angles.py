@@ -29,7 +29,7 @@ def squared_angle(
 def mean_direction(
     y:Tensor,  # summaries of a teacher, (n, C)
 )->Tensor:     # of length 1, (C,) float64
-    "Where they point on the whole."
+    "The direction of the mean of the summaries, each scaled to length 1 first."
     return F.normalize(F.normalize(in_float64(y), dim=-1).mean(0), dim=0)
 
 def dispersion(
