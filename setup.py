@@ -28,7 +28,7 @@ setup(
     keywords=cfg['keywords'],
     classifiers=['Development Status :: 3 - Alpha',
                  'Intended Audience :: Science/Research', 'Intended Audience :: Developers',
-                 'Operating System :: OS Independent',
+                 'Operating System :: POSIX :: Linux', 'Operating System :: MacOS',
                  'Topic :: Scientific/Engineering :: Artificial Intelligence',
                  'Topic :: Scientific/Engineering :: Image Recognition',
                  'Typing :: Typed', 'Programming Language :: Python :: 3',

@@ -120,6 +120,10 @@ def test_recipe_files(refused, tmp_path, capsys):
     stages = '[[stages]]\nsteps = 1\n'
     recipe.write_bytes(b'\xef\xbb\xbfimages = "zoo:photos"\nteachers = ["zoo:u2netp"]\nout = "x"\n' + stages.encode())
     assert '--steps: the stages of the recipe say' in refused('distill', '--recipe', recipe, '--steps', 3)   # BOM, too
+    recipe.write_text('sizes = [64, 96]\n')
+    assert '--sizes' not in cli.expand(['plan', '--recipe', str(recipe), '--size', '64'])
+    recipe.write_text('[[stages]]\nsteps = 3\nsizes = [64, 96]\n')
+    assert '--size: the stages of the recipe have sizes' in refused('plan', '--recipe', recipe, '--size', 64)
 
 
 def test_a_name_that_would_steer_the_terminal_is_shown_and_not_obeyed(refused, tmp_path):

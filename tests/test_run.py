@@ -1,6 +1,7 @@
 "`radio_nb.distill` and `Run` as a program uses them: objects in place of names, callbacks, what is refused."
 import radio_nb  # noqa: F401, I001  before timm, so that torchvision can be imported
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,12 +16,13 @@ from radio_nb.data.crops import Crops, centre_crop
 from radio_nb.data.files import hours_minutes_seconds
 from radio_nb.front.evaluate import compare_folders, open_run
 from radio_nb.front.run import as_dataset
-from radio_nb.front.run_match import load_match, match_run
+from radio_nb.front.run_match import learned_from, load_match, match_run
 from radio_nb.models.zoo import photographs
 from radio_nb.targets.bad_input import BadInput
 from radio_nb.targets.features import height_width
 from radio_nb.training.distributed import new_accelerator
 from radio_nb.training.preparation import Inputs
+from radio_nb.training.recipe import Recipe, Stage
 from radio_nb.training.trainer import DistillStep, TrainState
 
 TINY = dict(size=32, steps=4, statistics_steps=2, batch_size=4, head_width=16, depth=1, checkpoint_every=2)
@@ -62,6 +64,29 @@ def test_a_timm_model_a_path_and_a_parquet_file(tmp_path):
     run = radio_nb.distill(images=source, teachers=[vit, 'zoo:u2netp#64'], out=tmp_path/'run', **TINY)
     assert list(run.match['new crops']['student']) == ['VisionTransformer', 'u2netp'] and run.report().exists()
     assert run.ready.teachers['VisionTransformer'].size == vit.default_cfg['input_size'][-1]
+
+
+def test_a_function_that_is_called_like_a_spec_s_teacher_is_another(tmp_path):
+    "Both get their whole names, by which the function was not found."
+    def u2netp(images): return Blocks()(images)
+    run = radio_nb.distill(images=pictures(), teachers=['zoo:u2netp#32', u2netp], out=tmp_path/'run', **TINY)
+    assert list(run.student.config['teachers']) == ['zoo:u2netp#32', 'python:u2netp']
+    with pytest.raises(BadInput, match='teacher zoo:u2netp cannot be called mine, since a spec has a name of its own'):
+        radio_nb.distill(images=pictures(), teachers={'mine': 'zoo:u2netp'}, **TINY)
+
+
+def test_steps_beside_stages_are_refused():
+    recipe = Recipe('zoo:photos', ('zoo:u2netp',), '', stages=(Stage(50),))
+    with pytest.raises(BadInput, match='steps: the stages of the recipe say how many'):
+        radio_nb.distill(recipe, steps=3)
+
+
+def test_a_student_that_not_all_teachers_taught_can_be_evaluated():
+    "Weights were asked of those alone that had taken part, one for each."
+    recipe = Recipe('', ('zoo:u2netp', 'zoo:efficientnet-lite0'), '', summary_weights=(1., 0.))
+    assert learned_from(recipe, ['u2netp']) == (['u2netp'], [])
+    recipe = replace(recipe, spatial_weights=(0., 1.))
+    assert learned_from(recipe, ['u2netp', 'efficientnet-lite0']) == (['u2netp', 'efficientnet-lite0'], ['u2netp'])
 
 
 def test_own_augmentation_decides_what_is_seen(tmp_path):

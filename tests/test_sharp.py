@@ -5,8 +5,10 @@ import pytest
 import torch
 from children import differences_by_division, same_after_a_break, small_images
 
+from radio_nb import front
 from radio_nb.agglomeration.resolutions import grid_of
 from radio_nb.agglomeration.sharp import sharp_teachers
+from radio_nb.evaluation.scores import EvalData
 from radio_nb.models.teachers import load_teacher
 from radio_nb.targets.bad_input import BadInput
 from radio_nb.training.preparation import prepare
@@ -40,8 +42,14 @@ def test_a_batch_does_not_matter():
     torch.testing.assert_close(sharp(images).summary, plain(images).summary, rtol=1e-4, atol=1e-4)
 
 
-def test_a_run_goes_on_after_a_break_and_can_be_divided(recipe, tmp_path):
-    out = run_recipe(recipe)
+def test_a_run_goes_on_after_a_break_and_can_be_divided(recipe, tmp_path, monkeypatch):
+    out, seen = run_recipe(recipe), []
+    def look(students, teachers, *others):
+        seen.append(grid_of(teachers[LITE0]))
+        return {}, []
+    monkeypatch.setattr(front.evaluate, 'match_suite', look)
+    front.evaluate.evaluate(out, EvalData(recipe.images))
+    assert seen == [(8, 8)]   # as it was when the student learned from it
     assert same_after_a_break(recipe, out, tmp_path/'run')
     assert max(differences_by_division(recipe, tmp_path)) < 1e-5
 

@@ -153,6 +153,10 @@ def test_a_checkpoint_of_another_version_is_named(staged):
     gone, _ = state['trainer']['weights'].popitem()
     with pytest.raises(BadInput, match=f'its checkpoint is not of this version of radio_nb .*{gone}'):
         take_up(SimpleNamespace(trainer=trainer, state=state, out=out))
+    state = torch.load(out/'checkpoints'/'00000002.pt', weights_only=True)
+    state['trainer']['optimizer']['param_groups'].pop()
+    with pytest.raises(BadInput, match='its checkpoint is not of this version of radio_nb'):
+        take_up(SimpleNamespace(trainer=trainer, state=state, out=out))
 
 
 @st.composite

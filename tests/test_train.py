@@ -17,6 +17,7 @@ from radio_nb.targets.features import Features
 from radio_nb.targets.moments import NonFinite
 from radio_nb.targets.normalizers import Normalizer
 from radio_nb.training.monitor import check_finite
+from radio_nb.training.run_folder import load_checkpoint, save_checkpoint
 from radio_nb.training.statistics import measure
 from radio_nb.training.trainer import Trainer, check_width
 
@@ -107,6 +108,14 @@ def test_a_loss_that_is_not_finite_names_the_teacher():
     with pytest.raises(BadInput, match='step 4: the spatial loss of teacher mad is nan'):
         teachers = {'sane': {'summary': .1, 'spatial': .2}, 'mad': {'summary': .1, 'spatial': float('nan')}}
         check_finite({'step': 4, 'teachers': teachers})
+
+
+def test_a_damaged_checkpoint_that_is_ahead_pushes_no_whole_one_out(tmp_path):
+    for step in (100, 200): save_checkpoint(tmp_path, {'step': step}, keep=5)
+    (tmp_path/'00000200.pt').write_bytes(b'damaged')
+    assert load_checkpoint(tmp_path)['step'] == 100
+    save_checkpoint(tmp_path, {'step': 150}, keep=1)
+    assert load_checkpoint(tmp_path)['step'] == 150 and len([*tmp_path.iterdir()]) == 1
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(run, tmp_path):

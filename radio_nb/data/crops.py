@@ -95,7 +95,8 @@ def resize(
 def to_device(tensor:Tensor, device:torch.device)->Tensor:
     "A tensor on a device; a GPU is waited for only where the tensor comes from there, to be read on the CPU."
     if tensor.device.type == 'cpu' and device.type == 'cuda': tensor = tensor.contiguous().pin_memory()
-    return tensor.to(device, non_blocking=device.type != 'cpu')
+    # on Apple's GPUs a temporary tensor may be gone before such a copy is made
+    return tensor.to(device, non_blocking=device.type == 'cuda')
 
 class Pixels:
     "The images of a batch on a device, in [0, 1]; each size of them is made once."

@@ -66,6 +66,10 @@ def expand(
         raise BadInput('demo and --recipe are two recipes: leave one of them out')
     if values.get('stages') and '--steps' in typed:
         raise BadInput('--steps: the stages of the recipe say how many; change them in the file')
+    own = values.get('stages') and all(stage.size or stage.sizes for stage in values['stages'])
+    if own and not typed.isdisjoint({'--size', '--sizes'}):
+        raise BadInput('--size: the stages of the recipe have sizes of their own; change them in the file')
+    if '--size' in typed and '--sizes' not in typed: values.pop('sizes', None)   # which would win over it
     return [args[0], *as_flags(values), *args[1 + ('demo' in args[1:2]):]]
 
 # %% ../../nbs/front/09_cli.ipynb #bf304178
@@ -82,6 +86,7 @@ class Preset:
     # demo: packaged teachers and photographs, offline, in minutes
     preset: Annotated[Literal['demo', ''], tyro.conf.Positional, tyro.conf.arg(metavar='[demo]')] = ''
     # a TOML file with fields of the recipe, or am-radio-h, radio-v2.5-b or c-radio-v4-so400m; flags win over it
+    # (what a file switches on no flag switches off)
     file: Annotated[Path|None, tyro.conf.arg(name='recipe', metavar='FILE')] = None
 
     def recipe(self, flags:Flags)->Recipe:
@@ -470,6 +475,8 @@ def explained(error:Exception)->str: # '' where it cannot be helped
     if 'DataLoader worker (pid' in text:   # from the handler of a signal, wherever the program was
         from radio_nb.data.crops import dead_worker
         return str(dead_worker(error))
+    if isinstance(error, NotImplementedError) and 'MPS' in text:
+        return f'{text}: set PYTORCH_ENABLE_MPS_FALLBACK=1, or add --device cpu'
     if isinstance(error, MemoryError) or 'out of memory' in text or "can't allocate memory" in text:
         return f'out of memory ({text}): try smaller images, or a smaller batch'
     return ''

@@ -21,6 +21,7 @@ from ..models.student import Student
 from ..models.teachers import Teacher, load_teacher
 from ..data.images import open_images
 from ..agglomeration.resolutions import teachers_at
+from ..agglomeration.sharp import sharp_teachers
 from ..training.recipe import Recipe, difference, teacher_names
 from ..training.run_folder import check_inputs, open_recipe
 from ..training.stages import check_recipe
@@ -96,6 +97,7 @@ def match_at(
 )->Iterator[tuple[dict, list[Score]]]: # as `match_rows` wants it, and as scores
     "The match at each size, one after the other, and then how far `others` agree with the teachers."
     images, _ = shuffled_subset(open_images(data.images), limit=data.limit)
+    teachers = sharp_teachers(teachers, run.recipe.sharp)
     compared = beside_constant(run, teachers)
     normalizers = load_normalizers(run.student.config['teachers'], run.out)
     _, only_summaries = learned_from(run.recipe, list(run.teachers))

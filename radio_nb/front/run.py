@@ -89,6 +89,9 @@ def named_teachers(
     for name, teacher in pairs:
         if isinstance(teacher, Path):
             raise BadInput(f'{teacher} is a file: say which network it is for, as timm:NAME@{teacher}')
+        if isinstance(teacher, str) and name:
+            raise BadInput(f'teacher {teacher} cannot be called {name}, since a spec has a name of its own: leave the '
+                           f'dictionary out, or load it: {{{name!r}: load_teacher({teacher!r})}}')
         if isinstance(teacher, str): specs.append(teacher)
         else:
             name = name or getattr(teacher, 'name', '') or getattr(teacher, '__name__', '') or type(teacher).__name__
@@ -287,6 +290,8 @@ def distill(
         if name not in known: raise unknown('field of a recipe', name, known)
     if isinstance(recipe, Recipe): values = vars(recipe) | settings
     else: values = (read_recipe(Path(recipe)) if recipe else {}) | settings
+    if 'steps' in settings and values.get('stages'):
+        raise BadInput('steps: the stages of the recipe say how many; change them there')
     objects, dataset = {}, None
     if teachers is not None: values['teachers'], objects = named_teachers(teachers, values.get('size', Recipe.size))
     if isinstance(images, (str, Path)): values['images'] = str(images)

@@ -78,10 +78,10 @@ def match_on_crops(
 # %% ../../nbs/front/02_run_match.ipynb #31a21adf
 def learned_from(
     recipe:Recipe,
-    names:list[str],            # of all teachers
+    names:list[str],            # of the teachers that are asked about
 )->tuple[list[str], list[str]]: # teachers that a student learned from, and those of them whose grids it did not learn
     "Which teachers had a say in a run."
-    summary, spatial = teacher_weights(recipe, names)
+    summary, spatial = teacher_weights(recipe, list(teacher_names(recipe.teachers)))
     return ([name for name in names if summary[name] or spatial[name]],
             [name for name in names if summary[name] and not spatial[name]])
 

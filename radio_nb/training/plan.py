@@ -361,7 +361,7 @@ def measured_step(plan:Plan, stage:int, steps:int, warm:int)->float: # in second
     times = [time.perf_counter()]
     for batch in batches:
         trainer(*batch)
-        if trainer.device.type == 'cuda': torch.cuda.synchronize()
+        if trainer.device.type in ('cuda', 'mps'): getattr(torch, trainer.device.type).synchronize()
         times.append(time.perf_counter())
     spell, times = max(1, steps//5), times[warm:]
     return median((end - start)/spell for start, end in zip(times[:-spell:spell], times[spell::spell]))

@@ -143,8 +143,10 @@ def prepare(
     images = training_images(recipe) if inputs.images is None else inputs.images
     train, held = hold_out(images, recipe.hold_out, recipe.seed)
     home = best_device(recipe.teacher_device) if recipe.teacher_device else device
-    teachers = {name: (inputs.teachers.get(name) or load_teacher(spec, name=name, seed=recipe.seed)).to(home)
-                for name, spec in teacher_names(recipe.teachers).items()}
+    def load(name, spec):
+        own = inputs.teachers.get(parse_spec(spec).name) if spec.startswith('python:') else None
+        return own or load_teacher(spec, name=name, seed=recipe.seed)
+    teachers = {name: load(name, spec).to(home) for name, spec in teacher_names(recipe.teachers).items()}
     teachers = teachers_at(last.size, sharp_teachers(teachers, recipe.sharp), recipe.flexible, recipe.stride)
     classifiers = load_classifiers(recipe, teachers, device)
     check_labels(recipe, images, classifiers)

@@ -48,7 +48,9 @@ def save_checkpoint(
         raise BadInput(f'{path} could not be written ({str(e).splitlines()[0][:100]}); '
                        f'the last whole checkpoint is {before}. Make room and add --resume') from e
     os.replace(part, path)
-    for old in checkpoints(folder)[:-keep]: old.unlink()
+    there = checkpoints(folder)
+    now = there.index(path)   # one that is ahead was damaged, or the run would have gone on from it
+    for other in there[:max(0, now + 1 - keep)] + there[now + 1:]: other.unlink()
     return path
 
 # %% ../../nbs/training/01_run_folder.ipynb #11cadf41

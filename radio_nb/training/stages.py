@@ -283,4 +283,4 @@ def teacher_dropout(
     stays = (draws >= dropout) | torch.tensor([name not in losses for name in names])
     matches = torch.stack([losses.get(name, torch.zeros_like(next(iter(losses.values())))) for name in names])
     worst = torch.arange(len(names), device=matches.device) == matches.argmax()
-    return dict(zip(names, (worst | stays.to(matches.device, non_blocking=True)).float()))
+    return dict(zip(names, (worst | stays.to(matches.device, non_blocking=matches.is_cuda)).float()))

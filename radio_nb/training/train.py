@@ -90,7 +90,7 @@ class TrainingRun:
         return dict(self.log)
 
     def stop(self):
-        "End the run after this step, with the student as it is."
+        "End the run with the student as it is, after this step; with several GPUs, after the next that is logged."
         self.stop_asked = True
 
     def student_now(self)->Student:
@@ -123,7 +123,7 @@ def measured_before(path:Path)->bool:
 def take_up(run:TrainingRun):
     "Go on from the checkpoint that was found. Raises `BadInput` for one with other weights than this recipe has now."
     try: run.trainer.load_state_dict(run.state['trainer'])
-    except (RuntimeError, KeyError) as e:
+    except (RuntimeError, KeyError, ValueError) as e:
         raise BadInput(f'{run.out}: its checkpoint is not of this version of radio_nb '
                        f'({str(e).splitlines()[-1].strip()}): go on with the other, or in another folder') from e
 

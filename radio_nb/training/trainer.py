@@ -245,7 +245,8 @@ def skip_broken(
 ):
     "Keep a gradient that is not finite from the weights."
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    if optimizer.defaults.get('fused') and not any(hasattr(grad, 'to_local') for grad in gradients):
+    plain = all(grad.device.type in ('cpu', 'cuda') and not hasattr(grad, 'to_local') for grad in gradients)
+    if optimizer.defaults.get('fused') and plain:
         optimizer.found_inf = broken.float()   # as torch's GradScaler says it: nothing moves
         return
     for grad in gradients: getattr(grad, 'to_local', lambda grad=grad: grad)().masked_fill_(broken, 0)
