@@ -15,7 +15,7 @@ class BadInput(ValueError):
 
 # %% ../../nbs/targets/01_bad_input.ipynb #05cd6a1d
 def _likeness(name, known):
-    "How likely it is that `known` was meant; 1 where the name is a part of it, 2 where it begins so."
+    "How likely it is that `known` was meant; 1 where it contains the name, 2 where it begins with it."
     name, known = name.lower(), known.lower()
     if name in known: return 2. if known.startswith(name) else 1.
     return max(SequenceMatcher(None, name, text).ratio() for text in (known, known[:len(name)]))
