@@ -76,7 +76,7 @@ def expand(
 @dataclass(frozen=True)
 class Flags(Recipe):
     "All that decides a run."
-    method: Literal[tuple(METHODS)] = 'phi-s'  # how targets are normalized and compared: the ten of the PHI-S study, …
+    method: Literal[tuple(METHODS)] = 'phi-s'  # how teacher grids are normalized and compared
 
     def __post_init__(self): pass   # checked later: tyro would put the message into a frame
 
@@ -164,7 +164,7 @@ RunFolder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar='RUN', he
 class Table:
     "What to evaluate by, and who is in the table."
     suite: tuple[Literal[tuple(SUITES)], ...] = ('match',)  # what to evaluate by, one or several
-    # for match: of the student's images, such as 160 224 160x288; none for that of its last stage
+    # for match: sizes of the student's images, such as 160 224 160x288; by default that of its last stage
     sizes: tuple[str, ...] = ()
     also: tuple[str, ...] = ()   # other models to compare with, such as timm:NAME, with weights as for teachers
     teachers_too: bool = False   # whether the run's own teachers are compared, too
@@ -302,7 +302,7 @@ class ImagesRead:
 class FeaturesWritten:
     "Which features, and where to."
     out: Path                                     # file to write, .parquet, .safetensors or .npy
-    adaptor: str = ''                             # of a student: whose features it is to estimate; '' for its own
+    adaptor: str = ''                             # for a student: the teacher whose features to give; '' for its own
     what: Literal['summary', 'grid'] = 'summary'  # a vector for each image, or for each position of a grid
     size: str = ''                                # of the images, such as 224 or 160x288; '' for the model's own
 
@@ -387,8 +387,8 @@ class ExportFlags:
     "What is written."
     # timm and transformers: the backbone alone, which can be trained further
     format: Literal['onnx', 'torch-export', 'timm', 'transformers']
-    half: bool = False  # in float16
-    # file to write, for transformers a folder; in the folder of the run where none is given
+    half: bool = False  # write the weights in float16
+    # file to write, for transformers a folder; by default in the folder of the run
     out: Annotated[Path|None, tyro.conf.arg(metavar='FILE')] = None
     # of images, such as 224 or 160x288: for timm the only one, for transformers what its processor resizes to
     size: str = ''
@@ -420,13 +420,13 @@ class PlanFlags(Flags):
 class Machine:
     "What it would run on."
     on: str = ''                  # A100, H100, H200, L40S, RTX4090 or cpu; '' for a row for each of them
-    processes: AtLeast1 = 1       # that share every batch out among them, each on a device of its own
+    processes: AtLeast1 = 1       # among which every batch is split, each on a device of its own
     peak: NotNegative = 0.        # TFLOPS of another device, in the precision of the recipe
-    watts: NotNegative = 0.       # of a device at work, where the list of devices does not say it
-    memory: NotNegative = 0.      # of a device in GB, where the list of devices does not say it
+    watts: NotNegative = 0.       # of a device at work; 0 for what the list of devices says
+    memory: NotNegative = 0.      # of a device in GB; 0 for what the list of devices says
     efficiency: NotNegative = 0.  # share of the peak that a run reaches; 0 for the common .4
     image_count: AtLeast0 = 0     # how many images there are, where they are not at hand
-    calibrate: bool = False       # whether to make 20 real steps here, and to go by what they take
+    calibrate: bool = False       # time 20 real steps of each stage on this machine, and plan by them
 
 def plan_command(
     preset:tyro.conf.OmitArgPrefixes[Preset],

@@ -30,7 +30,7 @@ from ..models.teachers import Teacher, timm_features
 from ..models.tensor_files import load_tensors
 from ..data.images import UNDECODED, image_column, only_images
 from ..data.files import hours_minutes_seconds, in_notebook, read_json
-from ..training.recipe import Recipe, difference, read_recipe
+from ..training.recipe import Recipe, difference, read_recipe, teacher_names
 from ..training.run_folder import check_inputs, finished, open_recipe, read_metrics
 from ..training.monitor import read_logs
 from ..training.stages import check_recipe
@@ -89,10 +89,12 @@ def named_teachers(
     for name, teacher in pairs:
         if isinstance(teacher, Path):
             raise BadInput(f'{teacher} is a file: say which network it is for, as timm:NAME@{teacher}')
-        if isinstance(teacher, str) and name:
-            raise BadInput(f'teacher {teacher} cannot be called {name}, since a spec has a name of its own: leave the '
-                           f'dictionary out, or load it: {{{name!r}: load_teacher({teacher!r})}}')
-        if isinstance(teacher, str): specs.append(teacher)
+        if isinstance(teacher, str):
+            [own] = teacher_names((teacher,))
+            if name not in ('', own):
+                raise BadInput(f'teacher {teacher} is called {own}, by which a recipe finds it again, and not {name}: '
+                               f'call it so, or load it: {{{name!r}: load_teacher({teacher!r})}}')
+            specs.append(teacher)
         else:
             name = name or getattr(teacher, 'name', '') or getattr(teacher, '__name__', '') or type(teacher).__name__
             name = re.sub('[:@#]', '-', name)   # which mean something in a spec

@@ -138,7 +138,7 @@ Precision = Literal['float32', 'bfloat16']
 class Task(Checked):
     "What to distil, from which images, to where."
     images: str                         # folder, Parquet or tar files, hf:name, or zoo:photos; stream:SOURCE to stream
-    teachers: tuple[str, ...]           # such as zoo:u2netp, timm:NAME@FILE, open_clip:NAME/TAG; NAME#SIZE in pixels
+    teachers: tuple[str, ...]           # such as zoo:u2netp, timm:NAME, open_clip:NAME/TAG; @FILE: weights, #224: size
     out: str                            # folder of the run, newly made
 
 # %% ../../nbs/training/00_recipe.ipynb #773f8aa3
@@ -148,25 +148,25 @@ class Learning(Task):
     student: str = 'vit_tiny_patch16_224'  # a timm network from scratch, or timm:NAME[@FILE] with weights
     stem: str = ''                      # spec of a convolutional network whose first stages replace the patch embedding
     depth: AtLeast0 = 0                 # keep only the first so many blocks of the student; 0 for all
-    stride: AtLeast0 = 0                # side of what a position of the student's grid stands for, in pixels; 0: 16
+    stride: AtLeast0 = 0                # side of a grid position in pixels; 0: the student network's own, mostly 16
     init: str = ''                      # folder of a finished run whose student this one goes on from
     size: AtLeast1 = 224                # side of the student's images in pixels
     sizes: tuple[AtLeast1, ...] = ()    # in place of `size`: sides, one drawn for each step (C-RADIOv4)
     least_area: Share = .4              # smallest share of an image's area in a random crop; small images need more
-    flexible: tuple[str, ...] = ()      # teachers, by name, seen where their grid is the student's (RADIOv2.5)
+    flexible: tuple[str, ...] = ()      # teachers, by name, shown the size that gives the student's grid (RADIOv2.5)
     mosaic: tuple[str, ...] = ()        # teachers, by name, that see several images on one canvas (RADIOv2.5)
-    sharp: tuple[str, ...] = ()         # teachers, by name, that see quarters of an image, too (after FeatSharp)
+    sharp: tuple[str, ...] = ()         # teachers, by name, that also see quarters, for a finer grid (after FeatSharp)
     method: Annotated[str, Among(METHODS)] = 'phi-s' # how targets are normalized and compared, see `methods`
-    summary_loss: Literal['cosine', 'angle'] = 'cosine'  # angle: over each teacher's spread of directions (C-RADIOv4)
+    summary_loss: Literal['cosine', 'angle'] = 'cosine'  # angle: in units of each teacher's angular spread (C-RADIOv4)
     balance: Literal['fixed', 'ada', 'uncertainty'] = 'fixed'  # how the teachers' losses are balanced
-    mesa: NotNegative = 0.              # with ema: weight of agreeing with that average (MESA, C-RADIOv4)
-    damp: NotNegative = 0.              # spread of factors on the student's weights, in each part of a batch (DAMP)
-    spectral: bool = False              # whether each of the student's matrices has its size as a number (AM-RADIO)
-    shift: AtLeast0 = 0                 # most grid positions by which a window lies off its crop's middle (C-RADIOv4)
-    grid: Literal['larger', 'smaller', 'student'] = 'larger'  # as in AM-RADIO, RADIOv2.5, the PHI-S study
+    mesa: NotNegative = 0.              # with ema: weight of a loss towards that average's features (MESA, C-RADIOv4)
+    damp: NotNegative = 0.              # standard deviation of random factors on the student's weights (DAMP)
+    spectral: bool = False              # learn each matrix's largest singular value as a number of its own (AM-RADIO)
+    shift: AtLeast0 = 0                 # largest random shift of each network's view, in grid positions (C-RADIOv4)
+    grid: Literal['larger', 'smaller', 'student'] = 'larger'  # grid to compare on (AM-RADIO, RADIOv2.5, PHI-S study)
     summary_weights: tuple[NotNegative, ...] = ()  # by teacher, 0 for one without a summary; 1 by default
     spatial_weights: tuple[NotNegative, ...] = ()  # by teacher; 1 by default
-    head_width: AtLeast0 = 0            # inside the heads; 0 for the widest teacher
+    head_width: AtLeast0 = 0            # hidden width of the heads; 0 for that of the widest teacher
     head_blocks: AtLeast0 = 0           # residual blocks in each head; 0 for the two layers of AM-RADIO
     head_attention: AtLeast0 = 0        # transformer blocks in front of each teacher's heads (DUNE, C-RADIOv4)
     ladder: bool = False                # whether heads see every block of a transformer, not the last alone (UNIC)
@@ -188,9 +188,9 @@ class Learning(Task):
     teacher_dropout: Probability = 0.   # how often a teacher is left out of a step, never the worst match (UNIC)
     hold_out: AtLeast0 = 0              # images kept from training, to evaluate the student on
     seed: AtLeast0 = 0                  # of everything random
-    information: tuple[Positive, ...] = ()  # rates R of the modules of each teacher, say 100 10 1 (CIFD)
+    information: tuple[Positive, ...] = ()  # rates R of each teacher's rate–distortion modules, say 100 10 1 (CIFD)
     information_steps: AtLeast1 = 1000  # of these modules' own training, before the student's
-    information_weight: NotNegative = 1.  # of all modules of a teacher together, beside its own 1
+    information_weight: NotNegative = 1.  # of the losses towards a teacher's modules together; the teacher's own: 1
     bottleneck: NotNegative = 1e-3      # with information: the penalty on a nat of each student vector; 0 for none
     kd_dropout: Fraction = .25          # with information: how often a teacher or module is left out of a step
 
@@ -216,7 +216,7 @@ class Recipe(Learning):
     evaluate_every: AtLeast0 = 0        # steps between evaluations on images held out, and by kNN; 0 for never
     evaluate_train: str = ''            # for that kNN: labelled images to learn from, as evaluate --train has them
     evaluate_test: str = ''             # for that kNN: labelled images to be tested on
-    keep_best: Literal['', 'explained', 'cosine', 'summary_cosine', 'knn'] = ''  # what the one in OUT/best is best at
+    keep_best: Literal['', 'explained', 'cosine', 'summary_cosine', 'knn'] = ''  # measure by which OUT/best is chosen
     trackers: tuple[str, ...] = ()      # of Accelerate that also get the metrics, such as tensorboard or wandb
     project: str = 'radio_nb'           # what the trackers call all runs together; each is called by its folder
 
