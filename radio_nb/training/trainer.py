@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['check_width', 'normalize_targets', 'with_student', 'student_voices', 'Frozen', 'grid_from', 'DistillStep',
            'Microbatch', 'microbatches', 'log_terms', 'reduce_terms', 'teacher_terms', 'retarget', 'clip',
-           'skip_broken', 'compiled_programs', 'allow_programs', 'new_optimizer', 'density_of', 'TrainState',
+           'skip_broken', 'compiled_programs', 'allow_programs', 'parameter_groups', 'new_optimizer', 'TrainState',
            'draw_window', 'heads_alone', 'average_grid', 'microbatch_loss', 'choose_what_learns', 'first_averages',
            'progress', 'step_seed', 'after_step', 'Trainer', 'teacher_gradient_norms']
 
 # %% ../../nbs/training/07_trainer.ipynb #ed4a9115
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import radio_nb  # noqa: F401  before timm, so that torchvision can be imported
@@ -264,6 +263,23 @@ def allow_programs(count:int):
     config.recompile_limit = max(config.recompile_limit, count)
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 8*count)
 
+def parameter_groups(
+    recipe:Recipe,
+    step:DistillStep,
+)->nn.Module|list[dict]: # the step itself, where all that is learned has one rate
+    "What an optimizer learns: apart from the rest what balances losses, and the density of a bottleneck."
+    balance, decay, own = list(step.loss.parameters()), recipe.weight_decay, []
+    density = [p for name, p in step.student.named_parameters() if name.startswith('neck.density.')]
+    # `lr_scale` is timm's word; a density has to keep up with what it describes, as in `fit_modules`
+    if balance: own += [{'params': balance, 'lr_scale': recipe.balance_lr/recipe.lr, 'betas': BETAS}]
+    if density: own += [{'params': density, 'lr_scale': max(1., 1e-2/recipe.lr)}]
+    if not own: return step
+    groups = timm.optim.param_groups_weight_decay(step.student, decay, step.student.no_weight_decay())
+    if step.listening: groups += timm.optim.param_groups_weight_decay(step.listening, decay)
+    apart = set(map(id, density))
+    for group in groups: group['params'] = [p for p in group['params'] if id(p) not in apart]
+    return groups + [group | {'weight_decay': 0.} for group in own]
+
 def new_optimizer(
     recipe:Recipe,
     model:nn.Module|list[dict],  # a network, or groups of its parameters
@@ -273,10 +289,6 @@ def new_optimizer(
     return timm.optim.create_optimizer_v2(model, recipe.optimizer, recipe.lr, recipe.weight_decay, **more)
 
 # %% ../../nbs/training/07_trainer.ipynb #40ad5082
-def density_of(student:Student)->Iterator[nn.Parameter]:
-    "The parameters of the density in a student's bottleneck, if it has one: it has to keep up with what it describes."
-    return (p for name, p in student.named_parameters() if name.startswith('neck.density.'))
-
 class TrainState:
     "Weights, their average, and the optimizer, in one process or several."
     def __init__(self, distill_step:DistillStep, recipe:Recipe, accelerator:Accelerator):
@@ -290,18 +302,7 @@ class TrainState:
 
     def new_optimizer(self):
         "Begin with an optimizer that has no moments yet."
-        recipe, step, own = self.recipe, self.distill_step, []   # own: groups with a rate of their own
-        balance, density = list(step.loss.parameters()), list(density_of(step.student))
-        if balance: own += [{'params': balance, 'lr_scale': recipe.balance_lr/recipe.lr, 'betas': BETAS}]
-        if density: own += [{'params': density, 'lr_scale': max(1., 1e-2/recipe.lr)}]   # as `fit_modules` has it
-        model, decay = step, recipe.weight_decay
-        if own:   # `lr_scale` is timm's word
-            rest = {id(p) for group in own for p in group['params']}
-            model = timm.optim.param_groups_weight_decay(step.student, decay, step.student.no_weight_decay())
-            if step.listening: model += timm.optim.param_groups_weight_decay(step.listening, decay)
-            for group in model: group['params'] = [p for p in group['params'] if id(p) not in rest]
-            model += [group | {'weight_decay': 0.} for group in own]
-        self.optimizer = new_optimizer(recipe, model)
+        self.optimizer = new_optimizer(self.recipe, parameter_groups(self.recipe, self.distill_step))
 
     def students(self)->list[Student]:
         "The student, and its average where there is one."
