@@ -57,8 +57,7 @@ class Teacher(nn.Module):
         # channels last in memory: convolutions run a third faster for it; for video torch has no such layout
         video = any(x.ndim > 4 for x in (*model.parameters(), *model.buffers()))
         self.model = (model if video else model.to(memory_format=torch.channels_last)).eval().requires_grad_(False)
-        self.register_buffer('mean', torch.tensor(mean).reshape(3, 1, 1))
-        self.register_buffer('std', torch.tensor(std).reshape(3, 1, 1))
+        for name, own in (('mean', mean), ('std', std)): self.register_buffer(name, torch.tensor(own).reshape(3, 1, 1))
 
     def train(self, mode:bool=True):
         "Does nothing: a teacher stays in evaluation mode."
