@@ -22,7 +22,7 @@ from PIL import Image
 
 
 def keep_memory():
-    "Let glibc keep what torch gives back: a step on a CPU is a tenth shorter than where the system is asked each time."
+    "Let glibc keep what torch gives back: asking the system for it again takes time in every step on a CPU."
     with suppress(OSError, AttributeError):   # another C library
         libc, M_TRIM_THRESHOLD, M_MMAP_MAX = ctypes.CDLL('libc.so.6'), -1, -4
         libc.mallopt(M_MMAP_MAX, 0)

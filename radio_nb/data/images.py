@@ -357,7 +357,7 @@ def decode(
     if row is None: raise Unreadable('is missing')
     if row['bytes'] == LOST: raise Unreadable('is lost: its group of rows is damaged')
     path = row['path'] or ''
-    ending = os.path.splitext(path.rpartition('#')[0] if tar_member(path) else path)[1].lower()
+    ending = os.path.splitext(path.rpartition('#')[0] if MEMBER.fullmatch(path) else path)[1].lower()
     if ending in RAW: raise Unreadable('is a raw photograph, which has to be developed first')
     try:
         with _file_of(row) as file, Image.open(file) as image:

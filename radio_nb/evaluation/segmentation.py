@@ -23,7 +23,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from ..targets.features import height_width
 from ..targets.bad_input import BadInput
-from ..models.student import TURNS
+from ..models.student import turn_of
 from ..data.images import Unreadable, decode, parquet_arguments, parquet_files
 from .linear_probe import check_pair
 
@@ -91,8 +91,7 @@ def _image(row, name):
 def turned(row:dict)->bool: # an undecoded image
     "Whether an image that can be read has an EXIF entry by which it is shown turned or mirrored."
     with Image.open(BytesIO(row['bytes']) if row['bytes'] is not None else row['path']) as image:
-        try: return image.getexif().get(0x0112) in TURNS
-        except Exception: return False   # as `upright` has it
+        return turn_of(image) is not None
 
 def _nearest_size(image):
     "The sides of an image, each rounded to a multiple of 32."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'TURNS', 'FROM_LABELS', 'Residual', 'LinearLast', 'Head', 'Projector', 'Rungs', 'LadderHead', 'arranged',
-           'upright', 'Pictures', 'on_hub', 'from_hub', 'Pretrained', 'Adaptors', 'Student', 'check_microbatch',
-           'checkpoint_student', 'fold_heads', 'create', 'remove_neck']
+           'turn_of', 'upright', 'Pictures', 'on_hub', 'from_hub', 'Pretrained', 'Adaptors', 'Student',
+           'check_microbatch', 'checkpoint_student', 'fold_heads', 'create', 'remove_neck']
 
 # %% ../../nbs/models/09_student.ipynb #ece88174
 import inspect
@@ -116,13 +116,17 @@ def arranged(
 # %% ../../nbs/models/09_student.ipynb #2be012d4
 TURNS = {turn: Image.Transpose(i) for i, turn in enumerate((2, 4, 8, 3, 6, 5, 7))}   # by the value of the EXIF entry
 
+def turn_of(image:Image.Image)->Image.Transpose|None:
+    "How a picture has to be turned, by its EXIF entry; None for not at all, and where the entry cannot be read."
+    try: return TURNS.get(image.getexif().get(0x0112))   # Orientation
+    except Exception: return None   # a damaged entry raises anything
+
 def upright(image:Image.Image)->Image.Image:
     "A picture as it was held, by its EXIF entry; one whose entry cannot be read stays as it is."
     image.load()   # raises for a broken one; reading the entry of a PNG does it, too
-    try: turn = image.getexif().get(0x0112)   # Orientation
-    except Exception: return image   # of a damaged entry anything
-    if turn not in TURNS: return image
-    turned = image.transpose(TURNS[turn])
+    turn = turn_of(image)
+    if turn is None: return image
+    turned = image.transpose(turn)
     for key in ('exif', 'xmp', 'XML:com.adobe.xmp', 'Raw profile type exif'): turned.info.pop(key, None)   # it is done
     return turned
 
